@@ -1,0 +1,469 @@
+"""The settings of a run: frozen, validated, and with one parser for every source they come from.
+
+The same settings arrive from a TOML file (`giva simulate`, `giva train`), from Flower's run config (flat, dotted,
+scalar values) and from a stored run (JSON). All of them pass through `RunConfig.from_flat`. Keys are the field names
+with dashes, behind their section: `giva.rank`, `train.learning-rate`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from .errors import ConfigError
+from .paths import expand
+
+METHODS = ("giva", "lora", "head")
+INITS = ("rand", "topsv", "secsv", "rowalign")
+MODES = ("fedavg", "alternate", "exact")
+TASKS = ("classification", "multilabel", "regression")
+ALL_LINEAR = "all-linear"
+
+Scalar = str | int | float | bool
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A config field: its default, its help text and the values it accepts."""
+    limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
+    return field(default=default, metadata={"help": help, **limits})
+
+
+class Section:
+    """Base of the frozen sections: every field is checked against its limits when the section is made."""
+
+    _prefix: typing.ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):  # type: ignore[arg-type]
+            _check_limits(f"{self._prefix}{_dashed(spec.name)}", getattr(self, spec.name), spec.metadata)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The pretrained model."""
+
+    _prefix = "model."
+    path: str = option("", "folder of the model, or its hub id where local-files-only is off")
+    revision: str = option("", "hub revision (commit); ignored for folders")
+    local_files_only: bool = option(True, "never ask a model hub; the operator may switch this off")
+    dtype: str = option("float32", "type of the frozen weights", choices=("float32", "bfloat16", "float16"))
+
+
+@dataclass(frozen=True)
+class TaskConfig(Section):
+    """What is learned."""
+
+    _prefix = "task."
+    kind: str = option("classification", "kind of the task", choices=TASKS)
+    labels: tuple[str, ...] = option((), "the labels, agreed by all sites, in the order of the outputs")
+    head: str = option(
+        "mean", "mean: mean pooling, normalised, then linear; native: the model's own head", choices=("mean", "native")
+    )
+    max_length: int = option(128, "tokens after which a text is cut", minimum=1)
+    share_counts: bool = option(
+        False, "sites send per-class counts so that totals of macro-F1 and MCC are exact; reveals class frequencies"
+    )
+
+
+@dataclass(frozen=True)
+class GivaConfig(Section):
+    """The adapter: Gangwar et al., arXiv:2604.21901; sketches and federation are this project's own."""
+
+    _prefix = "giva."
+    rank: int = option(8, "rank r of the bases", minimum=1)
+    target_modules: str | tuple[str, ...] = option(
+        ALL_LINEAR, "all-linear, a list of module-name endings, or one regular expression for the whole name"
+    )
+    init: str = option("rand", "how B is made", choices=INITS)
+    seed: int = option(0, "the shared seed of sketches, bases, heads and data order", minimum=0, maximum=2**63 - 1)
+    oversampling: int = option(8, "sketch columns beyond the rank", minimum=0)
+    power_passes: int = option(
+        1, "power iterations of the sketch; each costs two more passes over the calibration batches", minimum=0
+    )
+    calibration_batches: int = option(1, "batches per site whose gradient is sketched", minimum=1)
+    calibration_batch_size: int = option(32, "examples in a calibration batch", minimum=1)
+    sketch_bits: int = option(16, "bits of a sketch entry on the wire", choices=(8, 12, 16, 20))
+    dropout: float = option(0.0, "dropout on the adapter's input", minimum=0.0, maximum=0.99)
+    modules_to_save: tuple[str, ...] = option((), "further modules trained whole and averaged; the task head always is")
+    dtype: str = option("float32", "type of the trained vectors", choices=("float32",))
+
+    def sketch_width(self, r: int, limit: int) -> int:
+        """Columns q of a layer's sketch: r (2r for `secsv`) plus oversampling, at most `limit` = min(d_out, d_in)."""
+        wanted = (2 * r if self.init == "secsv" else r) + self.oversampling
+        return min(wanted, limit)
+
+
+@dataclass(frozen=True)
+class LoraConfig(Section):
+    """The LoRA baseline (Hu et al., arXiv:2106.09685), through PEFT's layers."""
+
+    _prefix = "lora."
+    rank: int = option(8, "rank of the matrices", minimum=1)
+    alpha: float = option(16.0, "scale numerator: the update is scaled by alpha / rank", above=0.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """Local training: AdamW on the trained arrays."""
+
+    _prefix = "train."
+    learning_rate: float = option(1e-2, "peak learning rate of the vectors (or of LoRA's matrices)", above=0.0)
+    head_learning_rate: float = option(1e-3, "peak learning rate of the head and of modules_to_save", above=0.0)
+    weight_decay: float = option(0.01, "AdamW's weight decay", minimum=0.0)
+    batch_size: int = option(32, "examples in a forward pass", minimum=1)
+    accumulation_steps: int = option(1, "forward passes in an optimizer step", minimum=1)
+    local_epochs: int = option(1, "passes over the site's data in a round", minimum=1)
+    max_local_steps: int = option(0, "optimizer steps in a round at most; 0 means no limit", minimum=0)
+    clip_norm: float = option(1.0, "largest norm of a step's gradient; 0 switches clipping off", minimum=0.0)
+    warmup_fraction: float = option(0.06, "share of the whole run in which the rate rises", minimum=0.0, maximum=1.0)
+    schedule: str = option("linear", "learning rate over the whole run", choices=("linear", "cosine", "constant"))
+    precision: str = option(
+        "auto",
+        "autocast of the forward pass; auto: bfloat16 on CUDA, else none",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps; a site's own setting comes first")
+
+
+@dataclass(frozen=True)
+class RoundsConfig(Section):
+    """The round loop."""
+
+    _prefix = "rounds."
+    num_rounds: int = option(5, "training rounds", minimum=1)
+    head_rounds: int = option(0, "rounds that train only the head, before calibration", minimum=0)
+    mode: str = option("fedavg", "how the vectors are averaged", choices=MODES)
+    fraction_train: float = option(1.0, "share of the sites sampled for training", above=0.0, maximum=1.0)
+    fraction_evaluate: float = option(
+        1.0, "share of the sites sampled for evaluation; 0 switches it off", minimum=0.0, maximum=1.0
+    )
+    min_sites: int = option(
+        1, "sites that must be connected before the run starts, and are sampled at least", minimum=1
+    )
+    quorum: int = option(1, "valid updates a round needs to count", minimum=1)
+    deadline_seconds: float = option(3600.0, "seconds a site has to answer", above=0.0)
+    join_seconds: float = option(600.0, "seconds to wait for min_sites to connect", above=0.0)
+    retries: int = option(1, "times a round without quorum is tried again", minimum=0)
+    max_update_norm: float = option(0.0, "largest norm of an update's change; 0 switches the check off", minimum=0.0)
+
+
+@dataclass(frozen=True)
+class StrategyConfig(Section):
+    """The aggregation strategy: the project's own FedAvg, or one of Flower's by name."""
+
+    _prefix = "strategy."
+    name: str = option("fedavg", "fedavg, or a Flower strategy: fedprox, fedadam, fedavgm, fedmedian, krum, ...")
+    options: str = option("", 'the strategy\'s own options as a JSON object, e.g. {"eta": 0.1}')
+
+    def parsed_options(self) -> dict[str, Any]:
+        """`options` as a dictionary."""
+        return json.loads(self.options) if self.options else {}
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Where simulated sites find their data, and which columns hold what. A deployed site's own settings come first."""
+
+    _prefix = "data."
+    folder: str = option("", "simulation only: a folder with one sub-folder for each site")
+    train_file: str = option("train.jsonl", "training rows inside a site's folder (jsonl, csv or parquet)")
+    eval_file: str = option("test.jsonl", "evaluation rows inside a site's folder; empty for none")
+    text_column: str = option("text", "column of the text")
+    text_pair_column: str = option("", "column of a second text, if the task has one")
+    label_column: str = option("label", "column of the label; several labels are separated by |")
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    """Everything a run needs to know; equal at the server and at every site, which `digest` proves."""
+
+    name: str = option("", "a name for the run, for people")
+    method: str = option("giva", "what is trained beside the head", choices=METHODS)
+    resume: str = option("", "id of a stored run that this one continues")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    giva: GivaConfig = field(default_factory=GivaConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.rounds.mode != "fedavg" and self.method != "giva":
+            raise ConfigError(
+                f"rounds.mode = {self.rounds.mode} averages GiVA's vectors",
+                got=f"method = {self.method}",
+                expected="method = giva",
+            )
+        if self.rounds.mode == "exact" and self.strategy.name not in ("fedavg", "fedprox"):
+            raise ConfigError(
+                "rounds.mode = exact keeps the exact mean of the sites' products",
+                got=f"strategy.name = {self.strategy.name}",
+                expected="fedavg or fedprox",
+                remedy="choose mode fedavg with this strategy",
+            )
+        if self.rounds.quorum > self.rounds.min_sites and self.rounds.fraction_train < 1.0:
+            raise ConfigError(
+                "a round could never reach its quorum",
+                got=f"quorum {self.rounds.quorum}, min-sites {self.rounds.min_sites}",
+                expected="rounds.quorum <= rounds.min-sites where sites are sampled",
+                remedy="raise rounds.min-sites",
+            )
+        if len(set(self.task.labels)) != len(self.task.labels):
+            raise ConfigError(
+                "task.labels names a label twice", got=sorted(self.task.labels), expected="distinct labels"
+            )
+        if self.strategy.options:
+            try:
+                ok = isinstance(json.loads(self.strategy.options), dict)
+            except json.JSONDecodeError:
+                ok = False
+            if not ok:
+                raise ConfigError(
+                    "strategy.options is not a JSON object", got=self.strategy.options, expected='e.g. {"eta": 0.1}'
+                )
+
+    # -- sources ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> Self:
+        """Parse dotted, dashed keys, as Flower's run config has them; unknown keys are refused with the nearest known one."""
+        known = option_types()
+        values: dict[str, dict[str, Any]] = {}
+        for key, value in flat.items():
+            if key not in known:
+                raise ConfigError(
+                    f"there is no setting '{key}'",
+                    expected=_nearest(key, known),
+                    cause="a typing error, or a setting of another version",
+                )
+            section, _, name = key.rpartition(".")
+            values.setdefault(section, {})[name.replace("-", "_")] = _convert(key, value, known[key])
+        top = values.pop("", {})
+        sections = typing.get_type_hints(cls)
+        return cls(**top, **{name: sections[name](**items) for name, items in values.items()})
+
+    @classmethod
+    def from_nested(cls, nested: Mapping[str, Any]) -> Self:
+        """Parse nested tables, as TOML and JSON have them."""
+        return cls.from_flat(flatten(nested))
+
+    @classmethod
+    def from_toml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Read a TOML file; `overrides` are flat settings that come first. Relative folders count from the file's folder."""
+        path = Path(path)
+        try:
+            flat = flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ConfigError(f"there is no configuration file {path}", remedy="check the path") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid TOML", got=error, remedy="correct the file") from None
+        for key in ("data.folder", "model.path"):
+            value = flat.get(key)
+            if isinstance(value, str) and value:
+                flat[key] = _resolve_path(value, path.parent)
+        return cls.from_flat({**flat, **(overrides or {})})
+
+    # -- forms --------------------------------------------------------------------------------------------------------
+
+    def to_flat(self) -> dict[str, Scalar]:
+        """The inverse of `from_flat`: scalar values only, lists as JSON text."""
+        flat: dict[str, Scalar] = {}
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            if isinstance(value, Section):
+                for inner in fields(value):  # type: ignore[arg-type]
+                    flat[f"{spec.name}.{_dashed(inner.name)}"] = _scalar(getattr(value, inner.name))
+            else:
+                flat[_dashed(spec.name)] = _scalar(value)
+        return flat
+
+    def to_json(self) -> str:
+        """JSON of the flat form, keys sorted."""
+        return json.dumps(self.to_flat(), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`."""
+        return cls.from_flat(json.loads(text))
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of everything that must be equal at the server and at every site.
+
+        Where data and model lie, how they are named and which device computes are each side's own affair.
+        """
+        local = {
+            "name",
+            "resume",
+            "model.path",
+            "train.device",
+            *(key for key in option_types() if key.startswith("data.")),
+        }
+        shared = {key: value for key, value in self.to_flat().items() if key not in local}
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
+
+    def replace(self, **flat: Any) -> Self:
+        """A copy with some settings changed, named as in Python with the section first: `rounds__num_rounds=3`."""
+        changes = {key.replace("__", ".").replace("_", "-"): value for key, value in flat.items()}
+        return type(self).from_flat({**self.to_flat(), **changes})
+
+
+def option_types() -> dict[str, Any]:
+    """Type by flat key of every setting."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(RunConfig).items():
+        if isinstance(hint, type) and issubclass(hint, Section):
+            inner = typing.get_type_hints(hint)
+            found.update({f"{name}.{_dashed(spec.name)}": inner[spec.name] for spec in fields(hint)})  # type: ignore[arg-type]
+        elif name != "_prefix":
+            found[_dashed(name)] = hint
+    return found
+
+
+def describe_options() -> list[tuple[str, str, str]]:
+    """`(key, default, help)` of every setting, in order: what docs/configuration.md and `--help` show."""
+    rows = []
+    for spec in fields(RunConfig):
+        section = getattr(RunConfig(), spec.name)
+        if isinstance(section, Section):
+            for inner in fields(section):  # type: ignore[arg-type]
+                key = f"{spec.name}.{_dashed(inner.name)}"
+                rows.append((key, str(_scalar(getattr(section, inner.name))), _help(inner.metadata)))
+        else:
+            rows.append((_dashed(spec.name), str(_scalar(section)), _help(spec.metadata)))
+    return rows
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """`["giva.rank=8", "task.head=mean"]` → flat settings; values as in TOML, bare words as text."""
+    flat: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError("a setting has no value", got=repr(assignment), expected="KEY=VALUE")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        flat[key.strip()] = value
+    return flat
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"giva": {"rank": 8}}` → `{"giva.rank": 8}`; a table under `strategy.options` becomes JSON text."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        if name == "strategy.options" and isinstance(value, Mapping):
+            flat[name] = json.dumps(value, sort_keys=True)
+        elif isinstance(value, Mapping):
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+# -- parsing of single values -----------------------------------------------------------------------------------------
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _help(metadata: Mapping[str, Any]) -> str:
+    text = metadata["help"]
+    return f"{text} ({', '.join(map(str, metadata['choices']))})" if metadata["choices"] else text
+
+
+def _scalar(value: Any) -> Scalar:
+    return json.dumps(list(value), ensure_ascii=False) if isinstance(value, tuple) else value
+
+
+def _nearest(key: str, known: Mapping[str, Any]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"'{close[0]}'" if close else f"one of {', '.join(sorted(known))}"
+
+
+def _resolve_path(value: str, base: Path) -> str:
+    """A path that begins with `.`, `~` or `$GIVA_HOME` or exists beside the file becomes absolute; a hub id stays."""
+    path = expand(value)
+    if not path.is_absolute() and (value.startswith(".") or (base / path).exists()):
+        path = (base / path).resolve()
+    return str(path) if path.is_absolute() else value
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    if isinstance(hint, types.UnionType):  # the only union: a name, or a list of names
+        return _names(key, value) if _is_list(value) else _convert(key, value, str)
+    if typing.get_origin(hint) is tuple:
+        return _names(key, value)
+    if hint is bool:
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+    elif hint is int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(
+            f"{key} has the wrong type", got=f"{value!r} ({type(value).__name__})", expected=hint.__name__
+        )
+    return value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (isinstance(value, str) and value.lstrip().startswith("["))
+
+
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) and value == "":
+        return ()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            value = None
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(f"{key} is not a list of names", got=repr(value), expected='e.g. ["query", "value"]')
+    return tuple(value)
+
+
+def _check_limits(key: str, value: Any, limits: Mapping[str, Any]) -> None:
+    if not limits or isinstance(value, Section):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} is not a finite number", got=value)
+    if limits["choices"] and value not in limits["choices"]:
+        raise ConfigError(
+            f"{key} is not a known choice", got=repr(value), expected=f"one of {', '.join(map(str, limits['choices']))}"
+        )
+    if limits["minimum"] is not None and value < limits["minimum"]:
+        raise ConfigError(f"{key} is too small", got=value, expected=f"at least {limits['minimum']}")
+    if limits["maximum"] is not None and value > limits["maximum"]:
+        raise ConfigError(f"{key} is too large", got=value, expected=f"at most {limits['maximum']}")
+    if limits["above"] is not None and value <= limits["above"]:
+        raise ConfigError(f"{key} is too small", got=value, expected=f"more than {limits['above']}")
