@@ -1,0 +1,252 @@
+"""One adapted linear layer.
+
+Gangwar et al., "GiVA: Gradient-Informed Bases for Vector-Based Adaptation", arXiv:2604.21901. We differ in two things:
+both scales are folded into one small matrix per forward, so that no `(tokens, d_out)` tensor is kept for the backward
+pass, and a frozen residual of coefficients may be added, which keeps the exact mean of several sites' products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .errors import BasesError, NumericsError, TargetError
+from .types import LayerShape
+
+
+class GivaLinear(nn.Module):
+    """A frozen linear layer plus the adapter `ΔW = diag(lambda_o) · B · diag(lambda_s) · A`.
+
+    Forward, with the scales folded into `M = (lambda_o lambda_sᵀ + R) ∘ B` of shape `(d_out, r)`:
+
+        y = base(x) + (dropout(x) Aᵀ) Mᵀ        x (..., d_in) → y (..., d_out)
+
+    `A` needs no gradient, so x is not kept for it; what the adapter keeps per token is the r numbers of `x Aᵀ`. The
+    vectors start at `lambda_o = 0`, `lambda_s = 1`, where ΔW is exactly 0. Bases and vectors stay float32 whatever
+    the type of the base weight, also when the model is cast; products run in the type of x (or of autocast).
+
+    Attributes:
+        base_layer: The frozen layer, an `nn.Linear` or transformers' `Conv1D`.
+        lambda_o: Trained, float32 `(d_out,)`.
+        lambda_s: Trained, float32 `(r,)`.
+        A: Frozen, float32 `(r, d_in)`.
+        B: Frozen, float32 `(d_out, r)`.
+        residual: R, frozen, float32 `(d_out, r)`; None for zero.
+        enabled: False makes the layer compute `base(x)` alone.
+
+    Args:
+        base_layer: The layer to adapt; it is frozen by `inject`, not here.
+        A: `(r, d_in)`.
+        B: `(d_out, r)`.
+        dropout: Dropout on the adapter's input, while training.
+
+    Raises:
+        TargetError: `base_layer` is not a linear layer.
+        BasesError: A or B does not fit it.
+
+    Source: arXiv:2604.21901; the folded form, the residual and `merge` are ours.
+    """
+
+    lambda_o: nn.Parameter
+    lambda_s: nn.Parameter
+    A: Tensor
+    B: Tensor
+    residual: Tensor | None
+
+    def __init__(self, base_layer: nn.Module, A: np.ndarray, B: np.ndarray, dropout: float = 0.0) -> None:
+        super().__init__()
+        check_bases(linear_shape(base_layer, "base_layer"), A, B)
+        self.base_layer = base_layer
+        device = self.weight.device
+        self.register_buffer("A", torch.tensor(A, dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer("B", torch.tensor(B, dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer("residual", None, persistent=False)
+        self.lambda_o = nn.Parameter(torch.zeros(self.B.shape[0], device=device, dtype=torch.float32))
+        self.lambda_s = nn.Parameter(torch.ones(self.B.shape[1], device=device, dtype=torch.float32))
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.enabled = True
+        self._A_cast: Tensor | None = None
+        self._unmerged_weight: Tensor | None = None
+        self.train(base_layer.training)
+
+    # Models look at these on what they believe to be a plain linear layer (T5 asks for `wo.weight.dtype`).
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The base layer's weight, in the base layer's layout."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The base layer's bias."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    @property
+    def in_features(self) -> int:
+        """d_in."""
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """d_out."""
+        return self.B.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """The effective rank r."""
+        return self.A.shape[0]
+
+    @property
+    def merged(self) -> bool:
+        """Whether ΔW is written into the base weight at present."""
+        return self._unmerged_weight is not None
+
+    def forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it, for callers by keyword
+        """`base(x) + (dropout(x) Aᵀ) Mᵀ`; `base(x)` alone where merged or not enabled."""
+        y = self.base_layer(input)
+        if self.merged or not self.enabled:
+            return y
+        dtype = _compute_dtype(input)
+        h = F.linear(self.dropout(input), self._cast_A(dtype))  # (..., r)
+        return y + F.linear(h, self.coefficients().to(dtype))
+
+    def coefficients(self) -> Tensor:
+        """`M = (lambda_o lambda_sᵀ + R) ∘ B`, float32 `(d_out, r)`, so that ΔW = M A."""
+        if self.residual is None:
+            return self.lambda_o[:, None] * self.B * self.lambda_s
+        return (self.lambda_o[:, None] * self.lambda_s + self.residual) * self.B
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """`ΔW = M A`, float32, in the layout of the base weight: `(d_out, d_in)`, or `(d_in, d_out)` for `Conv1D`."""
+        with torch.autocast(self.A.device.type, enabled=False):
+            delta = self.coefficients() @ self.A
+        return delta.T if is_conv1d(self.base_layer) else delta
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Write `W + ΔW` into the base weight, added in float32; a copy of W is kept for `unmerge`.
+
+        Raises:
+            NumericsError: The sum is not finite in the type of W; the weight is left as it was.
+        """
+        if self.merged:
+            return
+        merged = (self.weight + self.delta_weight()).to(self.weight.dtype)
+        if not bool(torch.isfinite(merged).all()):
+            raise NumericsError("the merged weight is not finite", cause=f"vectors too large for {self.weight.dtype}")
+        self._unmerged_weight = self.weight.detach().clone()
+        self.weight.copy_(merged)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the kept copy of W back: bit for bit the weight before `merge`."""
+        if self._unmerged_weight is not None:
+            self.weight.copy_(self._unmerged_weight)
+            self._unmerged_weight = None
+
+    def extra_repr(self) -> str:
+        """Shapes, for `print(model)`."""
+        return f"d_out={self.out_features}, d_in={self.in_features}, r={self.rank}"
+
+    def _cast_A(self, dtype: torch.dtype) -> Tensor:
+        """A in the type of the products, cast once."""
+        if dtype == self.A.dtype:
+            return self.A
+        if self._A_cast is None or self._A_cast.dtype != dtype or self._A_cast.device != self.A.device:
+            self._A_cast = self.A.to(dtype)
+        return self._A_cast
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move with the model, but stay float32: `model.bfloat16()` casts the base layer alone."""
+
+        def keep_type(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        self._A_cast = None
+        if recurse:
+            self.base_layer._apply(fn)
+        return super()._apply(keep_type, recurse=False)
+
+
+# -- linear layers ----------------------------------------------------------------------------------------------------
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The base layer of a `GivaLinear`; any other module itself."""
+    return module.base_layer if isinstance(module, GivaLinear) else module
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' `Conv1D`: a linear layer whose weight is `(d_in, d_out)`."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether `module` (or what it wraps) is a linear layer that can be adapted.
+
+    Not so: subclasses with a forward of their own (quantised or masked layers), and the output projection inside
+    `nn.MultiheadAttention`, whose weight is used without a call of the layer.
+    """
+    module = unwrap(module)
+    if not is_conv1d(module) and (
+        not isinstance(module, nn.Linear)
+        or isinstance(module, NonDynamicallyQuantizableLinear)
+        or type(module).forward is not nn.Linear.forward
+    ):
+        return False
+    weight = module.weight
+    return isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
+
+
+def linear_shape(module: nn.Module, name: str) -> LayerShape:
+    """The shape of a linear layer, wrapped or not.
+
+    Raises:
+        TargetError: It is not a layer that can be adapted.
+    """
+    module = unwrap(module)
+    if not is_adaptable(module):
+        raise TargetError(
+            f"'{name}' cannot be adapted", got=type(module).__name__, expected="nn.Linear or transformers' Conv1D",
+            cause="the target matches a container or another kind of layer",
+            remedy="name linear layers in giva.target-modules",
+        )
+    rows, columns = module.weight.shape  # type: ignore[misc]
+    return LayerShape(name, columns, rows) if is_conv1d(module) else LayerShape(name, rows, columns)
+
+
+def check_bases(shape: LayerShape, A: np.ndarray, B: np.ndarray) -> None:
+    """Refuse bases that do not fit a layer.
+
+    Args:
+        shape: The layer.
+        A: Expected `(r, d_in)`.
+        B: Expected `(d_out, r)`.
+
+    Raises:
+        BasesError: Wrong shape, or numbers that are not finite.
+    """
+    fits = A.ndim == 2 and B.ndim == 2 and A.shape[0] == B.shape[1] >= 1
+    if not fits or A.shape[1] != shape.d_in or B.shape[0] != shape.d_out:
+        raise BasesError(
+            f"the bases of '{shape.name}' do not fit the layer", got=f"A {tuple(A.shape)}, B {tuple(B.shape)}",
+            expected=f"A (r, {shape.d_in}), B ({shape.d_out}, r)", cause="bases of another model, or A and B exchanged",
+            remedy="build the bases from this model's sketches",
+        )
+    for letter, matrix in (("A", A), ("B", B)):
+        if not np.isfinite(matrix).all():
+            raise BasesError(f"{letter} of '{shape.name}' has entries that are not finite", cause="a damaged file")
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
