@@ -1,0 +1,1 @@
+"""The commands of a site, one file for each noun."""

@@ -1,0 +1,214 @@
+"""What a site does when it is asked: introduce itself, sketch, build bases, train, evaluate.
+
+`Trainer` is the seam: the Flower handlers speak to it and to nothing else, so that the work can move to another process
+without the handlers noticing. `LocalTrainer` does the work in this process.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Protocol
+
+import numpy as np
+import torch
+
+import giva_core
+from giva_core import bases as bases_module
+from giva_core import metrics
+from giva_core.calibration import Sketches, Stage
+from giva_core.config import RunConfig
+from giva_core.errors import DataError
+from giva_core.protocol import Hello, TrainRequest, arrays_digest
+from giva_core.sketch import sketch_pass
+from giva_core.types import Arrays, ClientUpdate, ModelSchema, SiteEvaluation
+
+from .backbone import get_backbone
+from .data import Examples, read_rows
+from .site import SiteSettings
+from .training import EncodedData, batches, collate, predict, train_round
+
+_SESSIONS = 256  # simulated sites whose tokenised rows stay in memory
+_sessions: OrderedDict[tuple[str, str, str], LocalTrainer] = OrderedDict()
+
+
+def library_versions() -> str:
+    """The versions that decide results, as one text."""
+    names = ("torch", "transformers", "numpy", "flwr")
+    own = [f"fedgiva {giva_core.__version__}", f"python {platform.python_version()}"]
+    return ", ".join([*own, *(f"{name} {version(name)}" for name in names)])
+
+
+class Trainer(Protocol):
+    """What a site can be asked."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's configuration."""
+
+    @property
+    def schema(self) -> ModelSchema:
+        """What the model trains and sends."""
+
+    def hello(self) -> Hello:
+        """Introduce the site."""
+
+    def initial_state(self) -> Arrays:
+        """The starting values of everything trained but the vectors."""
+
+    def calibrate(self, stage: Stage, previous: Sketches | None, state: Arrays) -> tuple[Sketches, int, float]:
+        """Sketch the gradient: sketches by layer, example count, mean loss."""
+
+    def build_bases(self, sketches: Sketches, coordinates: Sketches | None) -> str:
+        """Build the bases from the federation's sketch and return their digest."""
+
+    def train(self, request: TrainRequest) -> ClientUpdate:
+        """Train locally."""
+
+    def evaluate(self, arrays: Arrays, bases_digest: str) -> SiteEvaluation:
+        """Evaluate the global arrays on the site's evaluation rows."""
+
+
+class LocalTrainer:
+    """A site whose model and data are in this process.
+
+    Args:
+        site: The site.
+        config: The run's configuration.
+    """
+
+    def __init__(self, site: SiteSettings, config: RunConfig) -> None:
+        self.site, self._config = site, config
+        self.backbone = get_backbone(config, site.device)
+        self._train = self._encode(read_rows(site.train_path, config.task, site.data))
+        self._eval = self._encode(read_rows(site.eval_path, config.task, site.data)) if site.eval_path else None
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's configuration."""
+        return self._config
+
+    def _encode(self, examples: Examples) -> EncodedData:
+        task = self.backbone.task
+        features = task.encode(examples.texts, examples.text_pairs, self.config.task.max_length)
+        return EncodedData(features, examples.labels)
+
+    @property
+    def schema(self) -> ModelSchema:
+        """What the model trains and sends."""
+        return self.backbone.schema
+
+    def hello(self) -> Hello:
+        """Introduce the site: counts, schema and digests."""
+        return Hello(
+            site=self.site.name,
+            num_train=len(self._train),
+            num_eval=len(self._eval) if self._eval else 0,
+            schema=self.backbone.schema,
+            model_digest=self.backbone.model_digest,
+            state_digest=arrays_digest(self.backbone.initial_state),
+            config_digest=self.config.digest(),
+            versions=library_versions(),
+            device=self.backbone.device.type,
+        )
+
+    def initial_state(self) -> Arrays:
+        """The starting values of head and other method's matrices."""
+        return self.backbone.initial_state
+
+    def calibrate(self, stage: Stage, previous: Sketches | None, state: Arrays) -> tuple[Sketches, int, float]:
+        """Sketch the gradient of the mean loss over the calibration batches.
+
+        Args:
+            stage: The pass.
+            previous: The federation's aggregate of the pass before.
+            state: The head to calibrate with.
+
+        Returns:
+            Quantised sketches by layer, the number of calibration examples, the mean loss.
+        """
+        backbone, giva = self.backbone, self.config.giva
+        backbone.use("")
+        backbone.write(state)
+        schema = backbone.schema
+        multipliers = backbone.multipliers(stage, previous)
+        task = backbone.task
+
+        def loss_fn(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+            logits = task.forward(batch)
+            return task.task_loss(logits, batch["labels"], reduction="sum"), len(batch["labels"])
+
+        result = sketch_pass(task.model, schema.layers, multipliers, stage.side, self._calibration_batches(), loss_fn)
+        sketches = {name: bases_module.quantise(array, giva.sketch_bits) for name, array in result.arrays.items()}
+        return sketches, result.num_examples, result.mean_loss
+
+    def _calibration_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The first batches of a shuffle that depends on the seed alone: every pass sees the same examples."""
+        giva = self.config.giva
+        wanted = min(len(self._train), giva.calibration_batches * giva.calibration_batch_size)
+        chosen = np.random.default_rng([giva.seed, 0]).permutation(len(self._train))[:wanted]
+        subset = EncodedData([self._train.features[i] for i in chosen], self._train.labels[chosen])
+        for indices in batches(subset, giva.calibration_batch_size, (giva.seed, 0)):
+            yield collate(self.backbone.task, subset, indices, self.backbone.device)
+
+    def build_bases(self, sketches: Sketches, coordinates: Sketches | None) -> str:
+        """Build the bases from the federation's sketch, keep them, and return their digest."""
+        return self.backbone.build(sketches, coordinates).digest
+
+    def train(self, request: TrainRequest) -> ClientUpdate:
+        """Train `request.train_names` for the configured local epochs, from the global arrays."""
+        started = time.perf_counter()
+        self.backbone.use(request.bases_digest)
+        self.backbone.write(request.arrays)
+        vectors, others = self.backbone.parameters(request.train_names)
+        result = train_round(
+            self.backbone.task,
+            self._train,
+            self.config.train,
+            vectors=vectors,
+            others=others,
+            server_round=request.server_round,
+            total_rounds=request.total_rounds,
+            seed=self.config.giva.seed,
+            proximal_mu=request.proximal_mu,
+            label=f"{self.site.name} round {request.server_round}",
+        )
+        return ClientUpdate(
+            arrays=self.backbone.read(request.train_names),
+            num_examples=len(self._train),
+            num_steps=result.num_steps,
+            train_loss=result.mean_loss,
+            bases_digest=request.bases_digest,
+            seconds=time.perf_counter() - started,
+        )
+
+    def evaluate(self, arrays: Arrays, bases_digest: str) -> SiteEvaluation:
+        """Evaluate the global arrays; the counts leave only where the run shares them."""
+        if self._eval is None:
+            raise DataError("this site has no evaluation rows", public="no evaluation rows")
+        self.backbone.use(bases_digest)
+        self.backbone.write(arrays)
+        outputs, loss = predict(self.backbone.task, self._eval, self.config.train)
+        values, counts = metrics.site_metrics(self.config.task.kind, outputs, self._eval.labels)
+        return SiteEvaluation(len(self._eval), loss, values, counts if self.config.task.share_counts else {})
+
+
+def get_trainer(site: SiteSettings, config: RunConfig) -> LocalTrainer:
+    """The site's trainer in this process; its rows are read and tokenised at the first call."""
+    key = (site.name, str(site.folder), config.to_json())
+    if _sessions and next(iter(_sessions))[2] != key[2]:
+        _sessions.clear()  # another run: its rows, and the model they hold on to, have had their time
+    if key not in _sessions:
+        _sessions[key] = LocalTrainer(site, config)
+        while len(_sessions) > _SESSIONS:
+            _sessions.popitem(last=False)
+    _sessions.move_to_end(key)
+    return _sessions[key]
+
+
+def drop_trainers() -> None:
+    """Forget every site's rows."""
+    _sessions.clear()

@@ -1,0 +1,211 @@
+"""The local loop: a model, its batches and a request in; trained arrays out. Knows nothing of Flower or of files."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from giva_core.config import TrainConfig
+from giva_core.errors import NumericsError
+
+if TYPE_CHECKING:
+    from giva_core.models import TaskModel
+
+_GROUP = 50  # batches that are sorted by length together: enough to save padding, few enough to stay random
+
+
+@dataclass(frozen=True)
+class EncodedData:
+    """Tokenised examples and their labels, in memory."""
+
+    features: Sequence[dict[str, list[int]]]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def length(self, index: int) -> int:
+        """Tokens of an example."""
+        return len(self.features[index]["input_ids"])
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What one round of local training came to."""
+
+    num_steps: int
+    mean_loss: float
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else Apple's MPS, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The forward pass's precision: `auto` is bfloat16 on CUDA and none elsewhere."""
+    name = config.precision
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return nullcontext() if name == "float32" else torch.autocast(device.type, getattr(torch, name))
+
+
+def batches(data: EncodedData, batch_size: int, seed: Sequence[int]) -> list[list[int]]:
+    """Indices of one epoch's batches: shuffled, then grouped by length to save padding, then the batches shuffled."""
+    rng = np.random.default_rng(list(seed))
+    order = rng.permutation(len(data))
+    made: list[list[int]] = []
+    for start in range(0, len(order), batch_size * _GROUP):
+        group = sorted(order[start : start + batch_size * _GROUP].tolist(), key=data.length, reverse=True)
+        made.extend(group[i : i + batch_size] for i in range(0, len(group), batch_size))
+    return [made[i] for i in rng.permutation(len(made))]
+
+
+def rate_factor(progress: float, config: TrainConfig) -> float:
+    """Learning rate as a share of its peak, at `progress` in [0, 1] through the whole run.
+
+    Progress, and not a step count, since sites of different sizes take different numbers of steps in a round.
+    """
+    warmup = config.warmup_fraction
+    if progress < warmup:
+        return progress / warmup
+    if config.schedule == "constant":
+        return 1.0
+    rest = min(1.0, (progress - warmup) / max(1e-9, 1.0 - warmup))
+    return 1.0 - rest if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * rest))
+
+
+def train_round(
+    task: TaskModel,
+    data: EncodedData,
+    config: TrainConfig,
+    *,
+    vectors: Sequence[torch.nn.Parameter],
+    others: Sequence[torch.nn.Parameter],
+    server_round: int,
+    total_rounds: int,
+    seed: int,
+    proximal_mu: float = 0.0,
+    label: str = "training",
+) -> LocalResult:
+    """Train for `config.local_epochs` with a fresh AdamW.
+
+    Args:
+        task: The model, already holding the global arrays.
+        data: The site's training examples.
+        config: The training settings.
+        vectors: Parameters trained at `learning_rate`.
+        others: Parameters trained at `head_learning_rate`.
+        server_round: From 1.
+        total_rounds: Rounds over which the learning rate runs.
+        seed: The run's seed; batches and dropout follow from it and the round alone.
+        proximal_mu: FedProx's mu: adds `mu (w - w_global)` to the gradient.
+        label: What the progress bar is called; it shows on terminals only.
+
+    Raises:
+        NumericsError: The loss or a gradient left the finite numbers.
+    """
+    device = next(task.model.parameters()).device
+    torch.manual_seed((seed * 1_000_003 + server_round) % 2**63)
+    trained = [*vectors, *others]
+    anchors = [p.detach().clone() for p in trained] if proximal_mu else []
+    groups = [(vectors, config.learning_rate), (others, config.head_learning_rate)]
+    optimizer = torch.optim.AdamW(
+        [{"params": list(params), "lr": rate, "peak": rate} for params, rate in groups if params],
+        weight_decay=config.weight_decay,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    steps_per_epoch = math.ceil(math.ceil(len(data) / config.batch_size) / config.accumulation_steps)
+    total_steps = config.local_epochs * steps_per_epoch
+    if config.max_local_steps:
+        total_steps = min(total_steps, config.max_local_steps)
+
+    task.model.train()
+    losses: list[float] = []
+    step = 0
+    windows = itertools.islice(_windows(data, config, seed, server_round), total_steps)
+    for window in tqdm(windows, desc=label, total=total_steps, unit="step", leave=False, disable=None):
+        factor = rate_factor((server_round - 1 + (step + 0.5) / total_steps) / total_rounds, config)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        examples = sum(len(indices) for indices in window)
+        window_loss = 0.0
+        for indices in window:
+            batch = collate(task, data, indices, device)
+            with autocast(config, device):
+                logits = task.forward(batch)
+            loss = task.task_loss(logits, batch["labels"], reduction="sum") / examples
+            scaler.scale(loss).backward()
+            window_loss += float(loss.detach())
+        scaler.unscale_(optimizer)
+        for parameter, anchor in zip(trained, anchors, strict=False):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - anchor, alpha=proximal_mu)
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.clip_norm or math.inf)
+        _check_finite(window_loss, norm, scaler.is_enabled(), step)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(window_loss)
+        step += 1
+    return LocalResult(step, math.fsum(losses) / max(1, len(losses)))
+
+
+@torch.no_grad()
+def predict(task: TaskModel, data: EncodedData, config: TrainConfig) -> tuple[np.ndarray, float]:
+    """Outputs `(n, C)` in the order of `data`, and the mean loss."""
+    device = next(task.model.parameters()).device
+    task.model.eval()
+    order = sorted(range(len(data)), key=data.length, reverse=True)
+    outputs = np.zeros((len(data), task.num_outputs), np.float32)
+    total = 0.0
+    size = 2 * config.batch_size
+    for start in range(0, len(order), size):
+        indices = order[start : start + size]
+        batch = collate(task, data, indices, device)
+        with autocast(config, device):
+            logits = task.forward(batch)
+        total += float(task.task_loss(logits, batch["labels"], reduction="sum"))
+        outputs[indices] = logits.float().cpu().numpy()
+    return outputs, total / len(data)
+
+
+def collate(
+    task: TaskModel, data: EncodedData, indices: Sequence[int], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The batch of these examples, on the device."""
+    batch = task.collate([data.features[i] for i in indices], data.labels[list(indices)])
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _windows(data: EncodedData, config: TrainConfig, seed: int, server_round: int) -> Iterator[list[list[int]]]:
+    """The batches of each optimizer step."""
+    for epoch in range(config.local_epochs):
+        epoch_batches = batches(data, config.batch_size, (seed, server_round, epoch))
+        for start in range(0, len(epoch_batches), config.accumulation_steps):
+            yield epoch_batches[start : start + config.accumulation_steps]
+
+
+def _check_finite(loss: float, norm: torch.Tensor, scaled: bool, step: int) -> None:
+    # a gradient scaler finds its scale by overflowing: it skips such a step by itself
+    if math.isfinite(loss) and (scaled or bool(torch.isfinite(norm))):
+        return
+    raise NumericsError(
+        f"the loss left the finite numbers in local step {step + 1}",
+        got=f"loss {loss}, gradient norm {float(norm)}",
+        cause="the learning rate is too large, or the weights' type too small",
+        remedy="lower train.learning-rate, or use train.precision = float32",
+        public=f"loss not finite in local step {step + 1}",
+    )
