@@ -248,7 +248,7 @@ class RunConfig(Section):
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> Self:
-        """Parse dotted, dashed keys, as Flower's run config has them; unknown keys are refused with the nearest known one."""
+        """Parse dotted, dashed keys, as Flower's run config has them; unknown ones are refused with the nearest."""
         known = option_types()
         values: dict[str, dict[str, Any]] = {}
         for key, value in flat.items():
@@ -271,7 +271,7 @@ class RunConfig(Section):
 
     @classmethod
     def from_toml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
-        """Read a TOML file; `overrides` are flat settings that come first. Relative folders count from the file's folder."""
+        """Read a TOML file; flat `overrides` come first. Relative folders count from the file's folder."""
         path = Path(path)
         try:
             flat = flatten(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -358,6 +358,7 @@ def describe_options() -> list[tuple[str, str, str]]:
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """`["giva.rank=8", "task.head=mean"]` → flat settings; values as in TOML, bare words as text."""
     flat: dict[str, Any] = {}
+    known = option_types()
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
@@ -366,6 +367,8 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
+        if not isinstance(value, str) and known.get(key.strip()) is str:
+            value = text  # a name, run id or revision that happens to look like a number or a date
         flat[key.strip()] = value
     return flat
 

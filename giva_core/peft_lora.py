@@ -44,7 +44,7 @@ def inject_lora(model: nn.Module, layers: Sequence[LayerShape], config: RunConfi
         ) from None
     settings = peft.LoraConfig(
         r=config.lora.rank,
-        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=config.lora.alpha,
         lora_dropout=config.giva.dropout,
         target_modules=[layer.name for layer in layers],
         bias="none",

@@ -1,0 +1,373 @@
+"""What server and site say to each other, apart from any transport.
+
+A message is a `Payload`: a few named arrays and a few scalars. Trained arrays travel packed into one float32 vector,
+in an order that both sides derive from the run's schema, so that a round costs four bytes a number and no names.
+
+| kind | server → site | site → server |
+|---|---|---|
+| `query.hello` | digest of the run's configuration | site name, example counts, schema, digests, versions |
+| `query.state` | – | the starting values of head (and other method's matrices) |
+| `train.head` | global arrays | trained head, example count, steps, mean loss |
+| `train.calibrate` | pass, aggregate of the pass before | sketch codes, example count, mean loss |
+| `train.bases` | aggregate sketch | digest of the bases built from it |
+| `train.round` | global arrays, which vectors to train | trained arrays, example count, steps, mean loss |
+| `evaluate.round` | global arrays | example count, mean loss, metrics (and counts, where the run shares them) |
+| `query.finish` | – | – |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from . import calibration
+from .calibration import Sketches
+from .config import GivaConfig
+from .errors import ProtocolError
+from .types import Arrays, ClientUpdate, LayerShape, ModelSchema, QuantisedSketch, SiteEvaluation
+
+#: Raised with every change of a message's form; a site and a server of different versions refuse each other.
+PROTOCOL_VERSION = 1
+
+HELLO, STATE, FINISH = "query.hello", "query.state", "query.finish"
+HEAD, CALIBRATE, BASES, ROUND = "train.head", "train.calibrate", "train.bases", "train.round"
+EVALUATE = "evaluate.round"
+
+#: Largest exponent of a sketch; float32 needs no more, and the mean of such sketches stays in the range of `exact`.
+EXPONENT_LIMIT = 200
+
+Value = str | int | float | bool
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Payload:
+    """The content of one message: arrays by name and scalars by name."""
+
+    arrays: Arrays = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)
+
+    def value(self, name: str, kind: type) -> Value:
+        """The scalar `name`, checked to be of type `kind` (an int counts as a float)."""
+        value = self.values.get(name)
+        if kind is float and type(value) is int:
+            return float(value)
+        if value is None or type(value) is not kind:
+            raise ProtocolError(
+                f"a message lacks '{name}'",
+                got=type(value).__name__,
+                expected=kind.__name__,
+                public=f"message lacks {name}",
+            )
+        return value
+
+    def text(self, name: str) -> str:
+        """The text `name`."""
+        return str(self.value(name, str))
+
+    def integer(self, name: str) -> int:
+        """The integer `name`."""
+        return int(self.value(name, int))
+
+    def number(self, name: str) -> float:
+        """The float `name`."""
+        return float(self.value(name, float))
+
+    def array(self, name: str) -> np.ndarray:
+        """The array `name`."""
+        if name not in self.arrays:
+            raise ProtocolError(
+                f"a message lacks the array '{name}'", got=sorted(self.arrays), public=f"message lacks {name}"
+            )
+        return self.arrays[name]
+
+
+# -- packing ----------------------------------------------------------------------------------------------------------
+
+
+def pack(arrays: Arrays, names: Sequence[str]) -> np.ndarray:
+    """The arrays, flattened in C order and joined in the order of `names`: float32 `(n,)`."""
+    parts = [np.ascontiguousarray(arrays[name], dtype=np.float32).ravel() for name in names]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+
+def unpack(vector: np.ndarray, shapes: Shapes) -> Arrays:
+    """The inverse of `pack`: copies by name, in the order of `shapes`.
+
+    Raises:
+        ProtocolError: The vector is not one-dimensional float32 of the length that `shapes` adds up to.
+    """
+    sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()]
+    if vector.dtype != np.float32 or vector.ndim != 1 or vector.size != sum(sizes):
+        raise ProtocolError(
+            "the packed arrays do not fit the run's schema",
+            got=f"{vector.dtype} {vector.shape}",
+            expected=f"float32 ({sum(sizes)},)",
+            cause="another model, rank or list of targets",
+            public=f"packed arrays have {vector.size} numbers, expected {sum(sizes)}",
+        )
+    ends = np.cumsum(sizes)
+    return {
+        name: vector[end - size : end].reshape(shape).copy()
+        for (name, shape), size, end in zip(shapes.items(), sizes, ends, strict=True)
+    }
+
+
+def pack_sketches(sketches: Mapping[str, QuantisedSketch], names: Sequence[str]) -> Arrays:
+    """Codes and exponents of all layers, each joined into one vector."""
+    return {
+        "codes": np.concatenate([sketches[name].codes.ravel() for name in names]),
+        "exponents": np.concatenate([sketches[name].exponents for name in names]).astype(np.int16),
+    }
+
+
+def unpack_sketches(payload: Payload, shapes: Mapping[str, tuple[int, int]]) -> dict[str, QuantisedSketch]:
+    """The inverse of `pack_sketches`.
+
+    Raises:
+        ProtocolError: Lengths or types do not fit `shapes`.
+    """
+    codes, exponents = payload.array("codes"), payload.array("exponents")
+    numbers, columns = sum(n * q for n, q in shapes.values()), sum(q for _, q in shapes.values())
+    if (
+        codes.dtype.kind != "i"
+        or codes.dtype.itemsize > 4
+        or codes.shape != (numbers,)
+        or exponents.shape != (columns,)
+    ):
+        raise ProtocolError(
+            "the sketches do not fit the run's schema",
+            got=f"{codes.dtype} {codes.shape}, {exponents.shape}",
+            expected=f"integers ({numbers},), ({columns},)",
+            public="sketches do not fit the schema",
+        )
+    if exponents.dtype != np.int16 or (exponents.size and np.abs(exponents.astype(np.int32)).max() > EXPONENT_LIMIT):
+        raise ProtocolError("a sketch's exponents are out of range", public="sketch exponents out of range")
+    found, start, column = {}, 0, 0
+    for name, (n, q) in shapes.items():
+        found[name] = QuantisedSketch(
+            codes[start : start + n * q].reshape(n, q).copy(), exponents[column : column + q].astype(np.int32)
+        )
+        start, column = start + n * q, column + q
+    return found
+
+
+def arrays_digest(arrays: Arrays) -> str:
+    """SHA-256 (hex) over names, shapes and little-endian float32 bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name}{arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name], dtype="<f4").tobytes())
+    return digest.hexdigest()
+
+
+# -- messages ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hello:
+    """How a site introduces itself.
+
+    Attributes:
+        site: Its name.
+        num_train: Training examples after filtering.
+        num_eval: Evaluation examples.
+        schema: What its model trains; equal at every site.
+        model_digest: SHA-256 of the frozen weights; equal at every site.
+        state_digest: SHA-256 of the starting values of everything trained but the vectors; equal at every site.
+        config_digest: SHA-256 of the agreed settings.
+        versions: Library versions, as text.
+        device: Type of the device it trains on.
+    """
+
+    site: str
+    num_train: int
+    num_eval: int
+    schema: ModelSchema
+    model_digest: str
+    state_digest: str
+    config_digest: str
+    versions: str
+    device: str
+
+    def to_payload(self) -> Payload:
+        """As a message."""
+        schema = {
+            "layers": [
+                [s.name, s.d_out, s.d_in, r] for s, r in zip(self.schema.layers, self.schema.ranks, strict=True)
+            ],
+            "state": {name: list(shape) for name, shape in self.schema.state.items()},
+        }
+        own = {name: value for name, value in vars(self).items() if name != "schema"}
+        return Payload(values={**own, "schema": json.dumps(schema), "protocol": PROTOCOL_VERSION})
+
+    @classmethod
+    def from_payload(cls, payload: Payload) -> Hello:
+        """From a message; raises ProtocolError where it is malformed or of another protocol version."""
+        if (version := payload.integer("protocol")) != PROTOCOL_VERSION:
+            raise ProtocolError(
+                "a site speaks another protocol version",
+                got=version,
+                expected=PROTOCOL_VERSION,
+                remedy="install the same fedgiva version at server and site",
+            )
+        try:
+            raw = json.loads(payload.text("schema"))
+            rows = [(str(name), int(d_out), int(d_in), int(r)) for name, d_out, d_in, r in raw["layers"]]
+            state = {str(name): tuple(int(n) for n in shape) for name, shape in raw["state"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ProtocolError("a site's schema cannot be read", got=type(error).__name__) from None
+        schema = ModelSchema(tuple(LayerShape(*row[:3]) for row in rows), tuple(row[3] for row in rows), state)
+        return cls(
+            site=payload.text("site"),
+            num_train=payload.integer("num_train"),
+            num_eval=payload.integer("num_eval"),
+            schema=schema,
+            model_digest=payload.text("model_digest"),
+            state_digest=payload.text("state_digest"),
+            config_digest=payload.text("config_digest"),
+            versions=payload.text("versions"),
+            device=payload.text("device"),
+        )
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What a site is asked to train.
+
+    Attributes:
+        arrays: The global arrays to start from.
+        server_round: From 1.
+        total_rounds: Rounds of this phase: the learning rate runs over all of them.
+        bases_digest: The bases to train on; empty before calibration and for methods without bases.
+        train_names: Names of the arrays to train and to send back, in wire order.
+        proximal_mu: Weight of FedProx's proximal term (Li et al., arXiv:1812.06127); 0 for none.
+    """
+
+    arrays: Arrays
+    server_round: int
+    total_rounds: int
+    bases_digest: str
+    train_names: tuple[str, ...]
+    proximal_mu: float = 0.0
+
+
+def global_to_payload(arrays: Arrays, schema: ModelSchema, bases_digest: str) -> Payload:
+    """The global arrays as a message: everything trained, and the residuals of the mode `exact` where there are any."""
+    shapes = global_shapes(schema, bases_digest, any(name.endswith(".residual") for name in arrays))
+    return Payload({"state": pack(arrays, list(shapes))}, {"bases": bases_digest})
+
+
+def global_from_payload(payload: Payload, schema: ModelSchema) -> Arrays:
+    """The inverse of `global_to_payload`."""
+    vector, digest = payload.array("state"), payload.text("bases")
+    plain = global_shapes(schema, digest, False)
+    has_residual = vector.size != sum(int(np.prod(shape)) for shape in plain.values())
+    return unpack(vector, global_shapes(schema, digest, has_residual))
+
+
+def global_shapes(schema: ModelSchema, bases_digest: str, with_residual: bool) -> dict[str, tuple[int, ...]]:
+    """Shape by name of the global arrays, in wire order: vectors (once there are bases), state, residuals."""
+    shapes = {**(schema.vector_shapes() if bases_digest else {}), **schema.state}
+    if with_residual and bases_digest:
+        pairs = zip(schema.layers, schema.ranks, strict=True)
+        shapes.update({f"{layer.name}.residual": (layer.d_out, r) for layer, r in pairs})
+    return shapes
+
+
+def trained_names(schema: ModelSchema, factor: str, bases_digest: str) -> tuple[str, ...]:
+    """What is trained and sent back: both vectors or one of them (`lambda_o`, `lambda_s`), and the state."""
+    vectors = schema.vector_shapes() if bases_digest else {}
+    return (*(name for name in vectors if factor == "both" or name.endswith(f".{factor}")), *schema.state)
+
+
+def train_to_payload(request: TrainRequest, schema: ModelSchema, factor: str) -> Payload:
+    """A request to train as a message."""
+    payload = global_to_payload(request.arrays, schema, request.bases_digest)
+    values: dict[str, Value] = {
+        "server-round": request.server_round,
+        "total-rounds": request.total_rounds,
+        "factor": factor,
+        "proximal-mu": request.proximal_mu,
+    }
+    return Payload(payload.arrays, {**payload.values, **values})
+
+
+def train_from_payload(payload: Payload, schema: ModelSchema) -> TrainRequest:
+    """The inverse of `train_to_payload`."""
+    digest = payload.text("bases")
+    return TrainRequest(
+        arrays=global_from_payload(payload, schema),
+        server_round=payload.integer("server-round"),
+        total_rounds=payload.integer("total-rounds"),
+        bases_digest=digest,
+        train_names=trained_names(schema, payload.text("factor"), digest),
+        proximal_mu=payload.number("proximal-mu"),
+    )
+
+
+def bases_to_payload(sketches: Sketches, coordinates: Sketches | None, schema: ModelSchema) -> Payload:
+    """The federation's sketch, from which every site builds the bases, as a message."""
+    names = [layer.name for layer in schema.layers]
+    arrays = pack_sketches(sketches, names)
+    if coordinates is not None:
+        arrays.update({f"coordinates.{name}": array for name, array in pack_sketches(coordinates, names).items()})
+    return Payload(arrays)
+
+
+def bases_from_payload(payload: Payload, schema: ModelSchema, giva: GivaConfig) -> tuple[Sketches, Sketches | None]:
+    """The inverse of `bases_to_payload`."""
+
+    def read(stage: str, source: Payload) -> Sketches:
+        shapes = calibration.sketch_shapes(calibration.STAGES[stage], schema.layers, schema.ranks, giva)
+        return unpack_sketches(source, shapes)
+
+    prefix = "coordinates."
+    extra = {name.removeprefix(prefix): array for name, array in payload.arrays.items() if name.startswith(prefix)}
+    return read("range", payload), (read("coordinates", Payload(extra)) if extra else None)
+
+
+def update_to_payload(update: ClientUpdate, names: Sequence[str]) -> Payload:
+    """A site's update as a message; `names` gives the wire order."""
+    return Payload(
+        {"state": pack(update.arrays, names)},
+        {
+            "num-examples": update.num_examples,
+            "num-steps": update.num_steps,
+            "train-loss": update.train_loss,
+            "bases": update.bases_digest,
+            "seconds": update.seconds,
+        },
+    )
+
+
+def update_from_payload(payload: Payload, shapes: Shapes) -> ClientUpdate:
+    """The inverse of `update_to_payload`; raises ProtocolError where the message does not fit."""
+    return ClientUpdate(
+        arrays=unpack(payload.array("state"), shapes),
+        num_examples=payload.integer("num-examples"),
+        num_steps=payload.integer("num-steps"),
+        train_loss=payload.number("train-loss"),
+        bases_digest=payload.text("bases"),
+        seconds=payload.number("seconds"),
+    )
+
+
+def evaluation_to_payload(evaluation: SiteEvaluation) -> Payload:
+    """A site's evaluation as a message."""
+    metrics: dict[str, Value] = {f"metric.{name}": float(value) for name, value in evaluation.metrics.items()}
+    counts = {f"count.{name}": np.asarray(value) for name, value in evaluation.counts.items()}
+    return Payload(counts, {"num-examples": evaluation.num_examples, "loss": evaluation.loss, **metrics})
+
+
+def evaluation_from_payload(payload: Payload) -> SiteEvaluation:
+    """The inverse of `evaluation_to_payload`."""
+    metrics = {
+        name.removeprefix("metric."): payload.number(name) for name in payload.values if name.startswith("metric.")
+    }
+    counts = {name.removeprefix("count."): array for name, array in payload.arrays.items() if name.startswith("count.")}
+    return SiteEvaluation(payload.integer("num-examples"), payload.number("loss"), metrics, counts)

@@ -1,0 +1,1 @@
+"""The server: the round loop, the run store and the commands `giva`."""

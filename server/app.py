@@ -1,0 +1,47 @@
+"""The Flower ServerApp: composition only. Configuration and store in, a federation that runs to its end out."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from importlib.metadata import version
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+import giva_core
+from giva_core.config import RunConfig
+from giva_core.types import RoundRecord
+
+from .progress import describe
+from .rounds import Federation
+from .run_store import RunStore, default_root
+
+log = logging.getLogger("giva.server")
+app = ServerApp()
+
+
+def server_versions() -> dict[str, str]:
+    """The versions that a run is stored with."""
+    found = {name: version(name) for name in ("flwr", "numpy")}
+    return {"fedgiva": giva_core.__version__, "python": platform.python_version(), **found}
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Start a run, or continue the one that `resume` names."""
+    config = RunConfig.from_flat(context.run_config)
+    store = RunStore(default_root())
+    if config.resume:
+        run_id = store.run(config.resume).run_id
+        config = store.run(run_id).config
+    else:
+        run_id = store.create_run(config, "flower", server_versions())
+
+    def tell(record: RoundRecord) -> None:
+        log.info("%s", describe(record, config))
+
+    if not log.handlers:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log.info("run %s", run_id)
+    Federation(grid, config, store, run_id, tell).run()

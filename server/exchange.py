@@ -1,0 +1,137 @@
+"""Questions to sites and their answers: one message to each, replies until all are in or the deadline has passed.
+
+Flower's `send_and_receive` waits for the slowest node without saying who failed and how. Here every site asked has an
+outcome: a payload, or a reason. Bytes are counted as serialised.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common.serde import message_to_proto
+from flwr.serverapp import Grid
+
+from giva_core.protocol import Payload
+from giva_core.types import SiteRecord
+
+POLL_SECONDS = 0.2
+_MESSAGE_SLACK_SECONDS = 60.0  # a reply on its way at the deadline still finds its message alive
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of asking one site.
+
+    Attributes:
+        site: Its name, or the node id before it has said its name.
+        node_id: Its Flower node.
+        payload: What it answered; None where it did not.
+        status: `ok`, `failed` (an error reply, or none that can be read) or `missing` (no reply before the deadline).
+        reason: Why there is no payload.
+        bytes_down: Bytes of the question.
+        bytes_up: Bytes of the answer.
+    """
+
+    site: str
+    node_id: int
+    payload: Payload | None
+    status: str
+    reason: str = ""
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+def to_content(payload: Payload) -> RecordDict:
+    """A payload as Flower records."""
+    arrays = ArrayRecord({name: Array(array) for name, array in payload.arrays.items()})
+    return RecordDict({"arrays": arrays, "values": ConfigRecord(dict(payload.values))})
+
+
+def from_content(content: RecordDict) -> Payload:
+    """The inverse of `to_content`."""
+    arrays = {name: array.numpy() for record in content.array_records.values() for name, array in record.items()}
+    values = {name: value for record in content.config_records.values() for name, value in record.items()}
+    return Payload(arrays, values)  # type: ignore[arg-type]
+
+
+def message_bytes(message: Message) -> int:
+    """Bytes of a message as it is serialised for the wire."""
+    return message_to_proto(message).ByteSize()
+
+
+def ask(
+    grid: Grid,
+    nodes: Mapping[str, int],
+    kind: str,
+    payload: Payload,
+    *,
+    deadline_seconds: float,
+    group: str = "",
+    on_answer: Callable[[Answer], None] = lambda answer: None,
+) -> list[Answer]:
+    """Send `payload` to every node and collect the answers.
+
+    Args:
+        grid: Flower's grid.
+        nodes: Node id by site name.
+        kind: The message type.
+        payload: The question, the same for all.
+        deadline_seconds: Seconds to wait for the last answer.
+        group: The round, for Flower's records.
+        on_answer: Told each answer as it comes.
+
+    Returns:
+        One answer for every site, sorted by site name, whatever order they came in.
+    """
+    content = to_content(payload)
+    names = {node_id: site for site, node_id in nodes.items()}
+    ttl = deadline_seconds + _MESSAGE_SLACK_SECONDS
+    messages = [Message(content, node_id, kind, ttl=ttl, group_id=group) for node_id in sorted(names)]
+    down = message_bytes(messages[0]) if messages else 0
+    pending: dict[str, int] = {}
+    answers: dict[int, Answer] = {}
+    # Flower gives no id for a message it could not push, and no ids at all where the messages are too large
+    for node_id, message_id in zip_longest(sorted(names), grid.push_messages(messages)):
+        if message_id:
+            pending[message_id] = node_id
+        else:
+            answers[node_id] = Answer(names[node_id], node_id, None, "failed", "the message could not be sent", down)
+            on_answer(answers[node_id])
+    ends = time.monotonic() + deadline_seconds
+    while pending:
+        for reply in grid.pull_messages(list(pending)):
+            # an error reply may come from the server's own id, so the question it answers tells the site
+            node_id = pending.pop(reply.metadata.reply_to_message_id, None)
+            if node_id is not None:
+                answers[node_id] = _read(reply, names[node_id], node_id, down)
+                on_answer(answers[node_id])
+        if not pending or time.monotonic() >= ends:
+            break
+        time.sleep(POLL_SECONDS)
+    for node_id in pending.values():
+        reason = f"no answer within {deadline_seconds:g} s"
+        answers[node_id] = Answer(names[node_id], node_id, None, "missing", reason, down)
+        on_answer(answers[node_id])
+    return sorted(answers.values(), key=lambda answer: answer.site)
+
+
+def site_record(answer: Answer) -> SiteRecord:
+    """The beginning of a site's record: how it answered, and what that cost."""
+    return SiteRecord(answer.site, answer.status, answer.reason, bytes_up=answer.bytes_up, bytes_down=answer.bytes_down)
+
+
+def _read(reply: Message, site: str, node_id: int, down: int) -> Answer:
+    up = message_bytes(reply)
+    if reply.has_error():
+        # only a site's own reasons are known to be free of content and worth repeating; Flower's carry codes
+        reason = reply.error.reason or f"error code {reply.error.code}"
+        return Answer(site, node_id, None, "failed", reason[:500], down, up)
+    try:
+        payload = from_content(reply.content)
+    except Exception as error:  # bytes of a stranger: whatever is wrong with them is that site's failure, not the run's
+        return Answer(site, node_id, None, "failed", f"unreadable answer: {type(error).__name__}", down, up)
+    return Answer(site, node_id, payload, "ok", "", down, up)

@@ -1,0 +1,45 @@
+"""One line for each finished phase or round, for people who watch."""
+
+from __future__ import annotations
+
+from giva_core.config import RunConfig
+from giva_core.metrics import main_metric
+from giva_core.types import RoundRecord
+
+_VERBS = {"hello": "sites joined", "calibrate": "calibration pass", "bases": "bases agreed"}
+
+
+def describe(record: RoundRecord, config: RunConfig) -> str:
+    """The record as a line: what, which sites, how it went, what it cost."""
+    ok = sum(site.status == "ok" for site in record.sites)
+    total = {"head": config.rounds.head_rounds, "train": config.rounds.num_rounds}.get(record.phase)
+    if record.phase in _VERBS:
+        head = f"{_VERBS[record.phase]}{f' {record.round}' if record.phase == 'calibrate' else ''}"
+    else:
+        head = f"{'head round' if record.phase == 'head' else 'round'} {record.round}/{total}"
+    parts = [f"{head:<20} {ok}/{len(record.sites)} sites"]
+    if record.train_loss is not None:
+        parts.append(f"train loss {record.train_loss:.4f}")
+    if record.eval_loss is not None:
+        parts.append(f"eval loss {record.eval_loss:.4f}")
+    main = main_metric(config.task.kind)
+    for name in (main, f"mean_site_{main}", f"worst_{main}", "macro_f1"):
+        if name in record.metrics:
+            parts.append(f"{name.replace('_', ' ')} {record.metrics[name]:.4f}")
+    if record.aggregation_error is not None:
+        parts.append(f"aggregation error {record.aggregation_error:.1%}")
+    if record.bytes_up:
+        parts.append(f"up {format_bytes(record.bytes_up)}, down {format_bytes(record.bytes_down)}")
+    parts.append(f"{record.seconds:.1f} s")
+    lines = [", ".join(parts)]
+    lines.extend(f"  {site.site}: {site.status}: {site.reason}" for site in record.sites if site.status != "ok")
+    return "\n".join(lines)
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people: `812 B`, `83.2 KiB`, `1.30 MiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
