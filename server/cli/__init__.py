@@ -1,0 +1,1 @@
+"""The command line `giva`: one file for each noun; commands answer with a `Report`, `result` shows it."""
