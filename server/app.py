@@ -41,7 +41,8 @@ def main(grid: Grid, context: Context) -> None:
     def tell(record: RoundRecord) -> None:
         log.info("%s", describe(record, config))
 
-    if not log.handlers:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not log.handlers:  # Flower sets up its own logger only; the root logger would print every library's chatter
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
     log.info("run %s", run_id)
     Federation(grid, config, store, run_id, tell).run()

@@ -67,7 +67,12 @@ def check_evaluation(evaluation: SiteEvaluation, hello: Hello, kind: str) -> Non
     numbers = [evaluation.loss, *evaluation.metrics.values()]
     if not all(math.isfinite(number) for number in numbers):
         raise UpdateError("the evaluation is not finite", got=numbers)
-    total_metrics(kind, [evaluation])
+    if not all(array.dtype.kind in "iuf" and np.isfinite(array).all() for array in evaluation.counts.values()):
+        raise UpdateError("the evaluation's counts are not finite numbers")
+    try:
+        total_metrics(kind, [evaluation])
+    except (ArithmeticError, ValueError) as error:  # moments so large that their squares overflow
+        raise UpdateError("the evaluation's counts cannot be", got=error) from None
 
 
 def _check_counts(num_examples: int, limit: int, what: str) -> None:

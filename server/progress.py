@@ -37,7 +37,7 @@ def describe(record: RoundRecord, config: RunConfig) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people: `812 B`, `83.2 KiB`, `1.30 MiB`."""
+    """Bytes for people: `812 B`, `83.2 KiB`, `1.3 MiB`."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.4g} {unit}"

@@ -65,7 +65,7 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three sites of 24, 32 and 40 training rows: early letters are `left`, late ones `right`; shares differ by site."""
+    """Three sites of 24, 32 and 40 training rows: early letters are `left`, late ones `right`; shares differ."""
     root = tmp_path_factory.mktemp("toy-sites")
     rng = random.Random(0)
     for number, count in enumerate((24, 32, 40), start=1):

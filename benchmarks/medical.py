@@ -1,0 +1,266 @@
+"""The medical task: federated GiVA beside central GiVA, the frozen encoder, FedAvg-LoRA and TF-IDF + SVM.
+
+    python benchmarks/medical.py                       the demo: federated GiVA on a small subset
+    python benchmarks/medical.py --baselines           and its baselines
+    python benchmarks/medical.py --full --baselines --seeds 3
+    python benchmarks/medical.py --tune                the learning rates, on the validation rows
+
+Every run is kept in the run store and found again by its settings, so an interrupted benchmark goes on where it was.
+A seed decides the split of the data, the sites, the sketches, the head and the order of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# one run to a core: two threads in one run gain less than a second run
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from giva_core.config import RunConfig
+from giva_core.paths import giva_home
+from server.cli.result import bytes_text
+from server.progress import describe
+from server.run_store import RunStore, default_root
+from server.simulate import simulate
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "medical-demo.toml"
+DEMO_EXAMPLES, FULL_EXAMPLES = 1500, 3000
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: its settings beside the recipe's, and the rates that `--tune` searches."""
+
+    label: str
+    settings: dict[str, Any]
+    central: bool = False
+    rates: tuple[float, ...] = ()
+    head_rates: tuple[float, ...] = ()
+
+
+METHODS = {
+    "giva": Method("federated GiVA r=8", {}, rates=(0.02, 0.05, 0.1), head_rates=(1e-3, 5e-3)),
+    "giva-central": Method("central GiVA r=8", {}, central=True, rates=(0.02, 0.05, 0.1), head_rates=(1e-3, 5e-3)),
+    "head": Method("frozen encoder, federated head", {"method": "head"}, head_rates=(5e-3, 2e-2, 5e-2)),
+    "lora": Method("FedAvg-LoRA r=8", {"method": "lora"}, rates=(5e-4, 1e-3, 2e-3, 5e-3), head_rates=(1e-3, 5e-3)),
+}
+#: What `--tune` found on the validation rows of seed 0 (see docs/results.md).
+TUNED: dict[str, dict[str, Any]] = {
+    "giva": {},
+    "giva-central": {},
+    "head": {},
+    "lora": {},
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run came to."""
+
+    method: str
+    seed: int
+    accuracy: float
+    macro_f1: float
+    worst_accuracy: float | None
+    loss: float
+    round_bytes_up: float
+    total_bytes: int
+    step_seconds: float
+    aggregation_error: float | None
+    settings: dict[str, Any]
+
+
+def data_folder(examples: int, seed: int) -> Path:
+    """Where `giva data prepare` puts this split; it is made where it is missing."""
+    from client.prepare import prepare
+
+    made = prepare(
+        "medical",
+        home=giva_home(),
+        train_examples=examples,
+        seed=seed,
+        progress=lambda text: print(text, file=sys.stderr),
+    )
+    return Path(made.folder)
+
+
+def configure(method: str, seed: int, examples: int, settings: dict[str, Any], eval_file: str) -> RunConfig:
+    """The recipe with the method's settings, the tuned ones and those given, on this seed's split."""
+    spec = METHODS[method]
+    folder = data_folder(examples, seed)
+    config = RunConfig.from_toml(RECIPE, {**spec.settings, **TUNED[method], **settings})
+    flat = {
+        "giva.seed": seed,
+        "data.eval-file": eval_file,
+        "data.folder": str(folder / "sites"),
+        "name": f"{method}-{seed}",
+    }
+    if spec.central:
+        flat.update({"rounds.min-sites": 1, "data.folder": str(_pooled_site(folder))})
+    return RunConfig.from_flat({**config.to_flat(), **flat})
+
+
+def _pooled_site(folder: Path) -> Path:
+    """A folder whose only site holds everybody's rows: what no federation may have, as the mark to reach."""
+    link = folder / "central" / "pooled"
+    link.parent.mkdir(exist_ok=True)
+    if not link.exists():
+        link.symlink_to(folder / "pooled")
+    return link.parent
+
+
+def outcome(task: tuple[str, int, int, dict[str, Any], str]) -> Outcome:
+    """Run one configuration, or find it in the store."""
+    method, seed, examples, settings, eval_file = task
+    config = configure(method, seed, examples, settings, eval_file)
+    store = RunStore(default_root())
+    run_id = _finished(store, config)
+    if run_id is None:
+        run_id = simulate(
+            config, store, lambda record: print(f"[{config.name}] {describe(record, config)}", file=sys.stderr)
+        )
+    records = store.rounds(run_id)
+    last = [record for record in records if record.phase == "train"][-1]
+    trained = [site for record in records if record.phase == "train" for site in record.sites if site.num_steps]
+    steps = [site.train_seconds / site.num_steps for site in trained]
+    return Outcome(
+        method=method,
+        seed=seed,
+        accuracy=last.metrics["accuracy"],
+        macro_f1=last.metrics["macro_f1"],
+        worst_accuracy=None if METHODS[method].central else last.metrics["worst_accuracy"],
+        loss=float(last.eval_loss or 0.0),
+        round_bytes_up=last.bytes_up / len(last.sites),
+        total_bytes=sum(record.bytes_up + record.bytes_down for record in records),
+        step_seconds=statistics.median(steps),
+        aggregation_error=last.aggregation_error,
+        settings=settings,
+    )
+
+
+def _finished(store: RunStore, config: RunConfig) -> str | None:
+    wanted = config.to_flat()
+    for run in store.runs():
+        if run.status == "completed" and run.settings == wanted:
+            return run.run_id
+    return None
+
+
+def svm_outcome(seed: int, examples: int) -> Outcome:
+    """TF-IDF over words and word pairs, and a linear SVM, on the pooled rows."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.metrics import accuracy_score, f1_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.svm import LinearSVC
+
+    folder = data_folder(examples, seed) / "pooled"
+    (texts, labels), (test_texts, test_labels) = (_rows(folder / f"{name}.jsonl") for name in ("train", "test"))
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC(C=0.5)).fit(texts, labels)
+    found = model.predict(test_texts)
+    f1 = f1_score(test_labels, found, average="macro")
+    nan = float("nan")
+    return Outcome("svm", seed, accuracy_score(test_labels, found), f1, None, nan, 0, 0, nan, None, {})
+
+
+def _rows(path: Path) -> tuple[list[str], list[str]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row["text"] for row in rows], [row["label"] for row in rows]
+
+
+def run_all(tasks: Sequence[tuple[str, int, int, dict[str, Any], str]], jobs: int) -> list[Outcome]:
+    """All tasks, `jobs` at a time, in processes of their own."""
+    for examples, seed in {(task[2], task[1]) for task in tasks}:
+        data_folder(examples, seed)  # before the processes start, so that no two make the same folder
+    if jobs == 1:
+        return [outcome(task) for task in tasks]
+    with ProcessPoolExecutor(jobs, max_tasks_per_child=1) as pool:
+        return list(pool.map(outcome, tasks))
+
+
+def table(outcomes: Iterable[Outcome]) -> str:
+    """Mean ± standard deviation over the seeds, method by method."""
+    by_method: dict[str, list[Outcome]] = {}
+    for item in outcomes:
+        by_method.setdefault(item.method, []).append(item)
+    lines = [
+        f"{'method':<32} {'accuracy':>15} {'macro-F1':>15} {'worst site':>15} {'up/site/round':>14} {'total':>10} {'s/step':>7}"
+    ]
+    for method, items in by_method.items():
+        label = METHODS[method].label if method in METHODS else "TF-IDF + linear SVM, pooled"
+        central = method not in METHODS or METHODS[method].central
+        lines.append(
+            f"{label:<32} {_spread([i.accuracy for i in items]):>15} {_spread([i.macro_f1 for i in items]):>15} "
+            f"{'-' if central else _spread([i.worst_accuracy or 0.0 for i in items]):>15} "
+            f"{'-' if central else bytes_text(round(items[0].round_bytes_up)):>14} "
+            f"{'-' if central else bytes_text(items[0].total_bytes):>10} "
+            f"{'-' if method not in METHODS else f'{statistics.median([i.step_seconds for i in items]):.3f}':>7}"
+        )
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = statistics.fmean(values)
+    return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ± {statistics.stdev(values):.4f}"
+
+
+def tuning_tasks(methods: Iterable[str], examples: int) -> list[tuple[str, int, int, dict[str, Any], str]]:
+    """Every pair of rates of every method, on the validation rows of seed 0."""
+    tasks = []
+    for method in methods:
+        for rate in METHODS[method].rates or (None,):
+            for head_rate in METHODS[method].head_rates:
+                settings: dict[str, Any] = {"train.head-learning-rate": head_rate}
+                if rate is not None:
+                    settings["train.learning-rate"] = rate
+                tasks.append((method, 0, examples, settings, "validation.jsonl"))
+    return tasks
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--full", action="store_true", help=f"{FULL_EXAMPLES} training questions instead of {DEMO_EXAMPLES}"
+    )
+    parser.add_argument(
+        "--baselines", action="store_true", help="central GiVA, head only, FedAvg-LoRA, TF-IDF + SVM as well"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "svm"], help="these methods only")
+    parser.add_argument("--tune", action="store_true", help="search the rates on the validation rows")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--set", dest="settings", nargs="*", default=[], metavar="KEY=VALUE", help="override settings")
+    parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
+    options = parser.parse_args()
+
+    from giva_core.config import parse_assignments
+
+    examples = FULL_EXAMPLES if options.full else DEMO_EXAMPLES
+    methods = options.methods or ([*METHODS, "svm"] if options.baselines else ["giva"])
+    runs = [method for method in methods if method != "svm"]
+    if options.tune:
+        outcomes = run_all(tuning_tasks(runs, examples), options.jobs)
+        for item in sorted(outcomes, key=lambda item: (item.method, -item.accuracy)):
+            print(json.dumps(asdict(item)))
+        return
+    settings = parse_assignments(options.settings)
+    seeds = range(options.seeds)
+    outcomes = run_all([(m, seed, examples, settings, "test.jsonl") for seed in seeds for m in runs], options.jobs)
+    if "svm" in methods:
+        outcomes += [svm_outcome(seed, examples) for seed in seeds]
+    outcomes.sort(key=lambda item: methods.index(item.method))
+    print(json.dumps([asdict(item) for item in outcomes]) if options.json else table(outcomes))
+
+
+if __name__ == "__main__":
+    main()
