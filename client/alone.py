@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from giva_core import aggregate, bases, calibration, checkpoint, protocol
-from giva_core.calibration import Sketches
+from giva_core.calibration import Sketches, Stage
 from giva_core.config import RunConfig
 from giva_core.errors import ConfigError
 from giva_core.protocol import TrainRequest
@@ -117,10 +117,9 @@ def train_alone(
 def _calibrate(trainer: LocalTrainer, state: Arrays) -> tuple[Sketches, Sketches | None]:
     """All passes of the plan, each quantised twice as in a federation: once by the site, once as the aggregate."""
     giva = trainer.config.giva
-    previous: Sketches | None = None
-    found: dict[str, Sketches] = {}
-    for stage in calibration.stages(giva):
-        own, count, _ = trainer.calibrate(stage, previous, state)
-        previous = {name: bases.mean_sketch([sketch], [count], giva.sketch_bits) for name, sketch in own.items()}
-        found["coordinates" if stage.name == "coordinates" else stage.side] = previous
-    return found["output"], found.get("coordinates")
+
+    def one_pass(number: int, stage: Stage, previous: tuple[Stage, Sketches] | None) -> Sketches:
+        own, count, _ = trainer.calibrate(stage, previous[1] if previous else None, state)
+        return {name: bases.mean_sketch([sketch], [count], giva.sketch_bits) for name, sketch in own.items()}
+
+    return calibration.run_passes(giva, one_pass)

@@ -14,11 +14,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapt import calibrate
     from .bases import build_bases
     from .checkpoint import load_adapter, save_adapter
     from .config import GivaConfig, RunConfig
     from .errors import GivaError
-    from .inject import adapter_disabled, find_targets, merge, read_vectors, unmerge, write_vectors
+    from .inject import (
+        adapter_disabled,
+        find_targets,
+        merge,
+        read_state,
+        read_vectors,
+        unmerge,
+        write_state,
+        write_vectors,
+    )
     from .inject import inject as inject_adapters
     from .layer import GivaLinear
     from .sketch import sketch_pass
@@ -32,14 +42,17 @@ __all__ = [
     "RunConfig",
     "adapter_disabled",
     "build_bases",
+    "calibrate",
     "find_targets",
     "inject_adapters",
     "load_adapter",
     "merge",
+    "read_state",
     "read_vectors",
     "save_adapter",
     "sketch_pass",
     "unmerge",
+    "write_state",
     "write_vectors",
 ]
 
@@ -51,14 +64,17 @@ _DOOR = {
     "RunConfig": ("config", "RunConfig"),
     "adapter_disabled": ("inject", "adapter_disabled"),
     "build_bases": ("bases", "build_bases"),
+    "calibrate": ("adapt", "calibrate"),
     "find_targets": ("inject", "find_targets"),
     "inject_adapters": ("inject", "inject"),
     "load_adapter": ("checkpoint", "load_adapter"),
     "merge": ("inject", "merge"),
+    "read_state": ("inject", "read_state"),
     "read_vectors": ("inject", "read_vectors"),
     "save_adapter": ("checkpoint", "save_adapter"),
     "sketch_pass": ("sketch", "sketch_pass"),
     "unmerge": ("inject", "unmerge"),
+    "write_state": ("inject", "write_state"),
     "write_vectors": ("inject", "write_vectors"),
 }
 

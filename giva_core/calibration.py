@@ -14,7 +14,7 @@ The randomized range finder and its power iteration are Halko, Martinsson & Trop
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,8 @@ class Stage:
     side: str
 
 
+OnePass = Callable[[int, Stage, tuple[Stage, Sketches] | None], Sketches]
+
 STAGES = {
     "range": Stage("range", "output"),
     "left": Stage("left", "input"),
@@ -55,6 +57,26 @@ def stages(config: GivaConfig) -> tuple[Stage, ...]:
     if config.init != "rand":
         names.append("coordinates")
     return tuple(STAGES[name] for name in names)
+
+
+def run_passes(config: GivaConfig, one_pass: OnePass) -> tuple[Sketches, Sketches | None]:
+    """Carry out the plan with whatever takes and averages the sketches.
+
+    Args:
+        config: The adapter's settings.
+        one_pass: Given the pass's number (from 1), its stage and the stage before with its aggregate, returns the
+            aggregate of this stage.
+
+    Returns:
+        `Y`, the last aggregate of side `output`; and `Z = G A'ᵀ`, where the init asks for it.
+    """
+    previous: tuple[Stage, Sketches] | None = None
+    last: dict[str, Sketches] = {}
+    for number, stage in enumerate(stages(config), start=1):
+        aggregate = one_pass(number, stage, previous)
+        last["coordinates" if stage.name == "coordinates" else stage.side] = aggregate
+        previous = stage, aggregate
+    return last["output"], last.get("coordinates")
 
 
 def width(stage: Stage, layer: LayerShape, r: int, config: GivaConfig) -> int:

@@ -193,21 +193,20 @@ class Federation:
     def _calibrate(self) -> tuple[Sketches, Sketches | None]:
         """All passes of the plan; returns the aggregate Y, and Z where the init needs it."""
         giva = self.config.giva
-        previous: tuple[Stage, Sketches] | None = None
-        found: dict[str, Sketches] = {}
-        for number, stage in enumerate(calibration.stages(giva), start=1):
+
+        def one_pass(number: int, stage: Stage, previous: tuple[Stage, Sketches] | None) -> Sketches:
             started = time.monotonic()
             question = calibration_question(stage, previous, self.arrays, self.schema)
             answers = self._ask(self.members.nodes(), protocol.CALIBRATE, question, f"calibrate-{number}")
             hellos = {site: member.hello for site, member in self.members.admitted.items()}
             heard = read_sketches(stage, answers, hellos, self.schema, giva)
             self._need(self.config.rounds.quorum, heard.records, f"answered calibration pass {number}")
-            aggregated = heard.mean(giva.sketch_bits)
+            mean = heard.mean(giva.sketch_bits)
             total, loss = sum(heard.weights), _mean(heard.losses, heard.weights)
             self._record("calibrate", number, heard.records, started, total_examples=total, train_loss=loss)
-            found["coordinates" if stage.name == "coordinates" else stage.side] = aggregated
-            previous = stage, aggregated
-        return found["output"], found.get("coordinates")
+            return mean
+
+        return calibration.run_passes(giva, one_pass)
 
     def _send_bases(self, nodes: dict[str, int]) -> list[SiteRecord]:
         """Broadcast the aggregate sketch; a site that builds other bases from it is taken out of the run."""

@@ -32,10 +32,7 @@ def gradients(seed: int) -> dict[str, np.ndarray]:
 
 
 SITES = [gradients(1), gradients(2)]
-FEDERATION = {
-    layer.name: sum(w * site[layer.name] for w, site in zip(WEIGHTS, SITES, strict=True)) / sum(WEIGHTS)
-    for layer in LAYERS
-}
+FEDERATION = {layer.name: np.average([site[layer.name] for site in SITES], axis=0, weights=WEIGHTS) for layer in LAYERS}
 
 
 def run_plan(config: GivaConfig, sites: list[dict[str, np.ndarray]], weights: tuple[int, ...]) -> BasesSet:

@@ -48,7 +48,7 @@ def limited_options(limit: str) -> list[tuple[str, Any]]:
     return [
         (prefix + spec.name.replace("_", "-"), spec.metadata[limit])
         for prefix, kind in sections()
-        for spec in dataclasses.fields(kind)
+        for spec in dataclasses.fields(kind)  # type: ignore[arg-type]
         if spec.metadata.get(limit) not in (None, ())
     ]
 

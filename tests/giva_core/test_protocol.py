@@ -45,7 +45,7 @@ def assert_equal(first: Arrays, second: Arrays) -> None:
 def test_pack_then_unpack_is_identity() -> None:
     arrays = filled(SCHEMA.state)
     vector = protocol.pack(arrays, list(SCHEMA.state))
-    assert (vector.dtype, vector.shape) == (np.float32, (13,))
+    assert (vector.dtype, vector.shape) == (np.dtype(np.float32), (13,))
     assert_equal(protocol.unpack(vector, SCHEMA.state), arrays)
 
 

@@ -43,7 +43,7 @@ def test_each_reply_answers_its_question() -> None:
     replies = list(grid.pull_messages(reversed(ids)))
     assert [reply.metadata.reply_to_message_id for reply in replies] == ids[::-1]
     assert [reply.metadata.src_node_id for reply in replies] == [7, 5]
-    arrays = [reply.content["arrays"]["x"].numpy() for reply in replies]  # type: ignore[union-attr, index]
+    arrays = [reply.content.array_records["arrays"]["x"].numpy() for reply in replies]
     assert [array.tolist() for array in arrays] == [[7.0] * 3, [5.0] * 3]
 
 
@@ -66,8 +66,8 @@ def test_messages_are_copies_on_both_ways() -> None:
     [reply] = grid.send_and_receive([sent])
     assert seen[0].content is not sent.content and reply.content is not seen[0].content
     assert seen[0].metadata.message_type == "train.round" and seen[0].metadata.group_id == "3"
-    sent.content["values"]["n"] = 99  # type: ignore[index]
-    assert reply.content["values"]["n"] == seen[0].content["values"]["n"] == 2  # type: ignore[index]
+    sent.content.config_records["values"]["n"] = 99
+    assert reply.content.config_records["values"]["n"] == seen[0].content.config_records["values"]["n"] == 2
 
 
 def test_contexts_are_each_node_s_own_and_last() -> None:
@@ -79,10 +79,10 @@ def test_contexts_are_each_node_s_own_and_last() -> None:
         return Message(RecordDict({"v": answer}), reply_to=message)
 
     grid = LocalGrid(count, NODES, {"giva.rank": 4})
-    first = [dict(reply.content["v"]) for reply in grid.send_and_receive(messages(grid))]  # type: ignore[arg-type]
+    first = [dict(reply.content.config_records["v"]) for reply in grid.send_and_receive(messages(grid))]
     [second] = grid.send_and_receive(messages(grid)[1:])
     assert first == [{"seen": 0, "partition": 0, "rank": 4}, {"seen": 0, "partition": 1, "rank": 4}]
-    assert dict(second.content["v"]) == {"seen": 1, "partition": 1, "rank": 4}  # type: ignore[arg-type]
+    assert dict(second.content.config_records["v"]) == {"seen": 1, "partition": 1, "rank": 4}
 
 
 def test_app_that_raises_is_an_error_reply_without_its_text() -> None:

@@ -12,12 +12,18 @@ from giva_core.config import RunConfig
 from giva_core.errors import QuorumError
 from giva_core.protocol import HELLO, PROTOCOL_VERSION, Hello, Payload
 from giva_core.types import LayerShape, ModelSchema
+from server import exchange
 from server.exchange import from_content, to_content
 from server.local_grid import LocalGrid
 from server.members import Members
 
 CONFIG = RunConfig.from_flat({"rounds.min-sites": 2, "rounds.join-seconds": 0.02, "rounds.deadline-seconds": 0.02})
 SCHEMA = ModelSchema((LayerShape("low", 7, 11),), (3,), {"head.weight": (2, 5), "head.bias": (5, 2)})
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.0)
 
 
 def hello(site: str, **changes: object) -> Hello:
@@ -120,7 +126,10 @@ def test_sites_of_another_run_do_not_vote() -> None:
         ({"model_digest": "0" * 64}, "its base model 000000000000…"),
         ({"state_digest": "0" * 64}, "its starting head 000000000000…"),
         ({"schema": replace(SCHEMA, ranks=(2,))}, "trains other layers or shapes"),
-        ({"schema": replace(SCHEMA, state=dict(reversed(SCHEMA.state.items())))}, "trains other layers or shapes"),
+        (
+            {"schema": replace(SCHEMA, state=dict(reversed(list(SCHEMA.state.items()))))},
+            "trains other layers or shapes",
+        ),
     ],
 )
 def test_each_misfit_is_told_why(changes: dict[str, object], reason: str) -> None:

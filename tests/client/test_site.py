@@ -1,0 +1,110 @@
+"""What a site knows by itself, and that the run's word does not come before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.site import site_folders, site_settings
+from giva_core.config import RunConfig
+from giva_core.errors import ConfigError, DataError, public_reason
+
+
+@pytest.fixture
+def simulated(tmp_path: Path) -> RunConfig:
+    """A run whose data lies in three folders, and a file beside them."""
+    for name in ("site-c", "site-a", "site-b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "labels.json").write_text("[]", encoding="utf-8")
+    return RunConfig.from_flat({"data.folder": str(tmp_path)})
+
+
+def test_deployed_site_says_everything_itself(tmp_path: Path, simulated: RunConfig) -> None:
+    node = {
+        "site": "hospital-a.1",
+        "data-path": str(tmp_path / "own"),
+        "text-column": "report",
+        "train-file": "rows.csv",
+        "device": "cuda:1",
+        "partition-id": 0,
+    }
+    site = site_settings(simulated, node)
+    assert (site.name, site.folder, site.device) == ("hospital-a.1", tmp_path / "own", "cuda:1")
+    assert (site.data.text_column, site.data.label_column) == ("report", "label")
+    assert site.train_path == tmp_path / "own" / "rows.csv"
+    assert site.eval_path == tmp_path / "own" / "test.jsonl"
+
+
+def test_run_s_settings_are_the_defaults() -> None:
+    config = RunConfig.from_flat({"data.label-column": "y", "train.device": "mps", "data.eval-file": ""})
+    site = site_settings(config, {"data-path": "/data/clinic"})
+    assert (site.name, site.data.label_column, site.device, site.eval_path) == ("clinic", "y", "mps", None)
+
+
+def test_run_s_data_folder_does_not_count_for_a_deployed_site(simulated: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="does not say where its data lies") as caught:
+        site_settings(simulated, {"site": "a"})
+    assert public_reason(caught.value) == "config: the node's configuration has no data-path"
+    assert site_settings(simulated, {"data-path": "/own", "folder": "/else"}).data.folder == simulated.data.folder
+
+
+def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert site_settings(RunConfig(), {"data-path": "~/rows"}).folder == tmp_path / "rows"
+
+
+@pytest.mark.parametrize(("partition", "name"), [(0, "site-a"), (1, "site-b"), (2, "site-c")])
+def test_simulated_site_is_a_folder_by_name(simulated: RunConfig, partition: int, name: str) -> None:
+    site = site_settings(simulated, {"partition-id": partition, "num-partitions": 3})
+    assert (site.name, site.folder.name) == (name, name)
+    assert site.train_path == Path(simulated.data.folder) / name / "train.jsonl"
+
+
+def test_more_nodes_than_folders(simulated: RunConfig) -> None:
+    with pytest.raises(DataError, match="got partition-id 3; expected 0 to 2") as caught:
+        site_settings(simulated, {"partition-id": 3})
+    assert public_reason(caught.value) == "data: no data for partition 3"
+
+
+@pytest.mark.parametrize("folder", ["", "missing", "empty"])
+def test_no_folders_to_simulate(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "empty").mkdir()
+    config = RunConfig.from_flat({"data.folder": str(tmp_path / folder) if folder else ""})
+    with pytest.raises(DataError, match="no sites to simulate") as caught:
+        site_folders(config.data)
+    assert str(tmp_path) not in public_reason(caught.value)
+
+
+def test_site_folders_may_lie_under_giva_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIVA_HOME", str(tmp_path))
+    (tmp_path / "data" / "only").mkdir(parents=True)
+    config = RunConfig.from_flat({"data.folder": "$GIVA_HOME/data"})
+    assert site_folders(config.data) == [tmp_path / "data" / "only"]
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "../a", "ä", "a\n", "x" * 64, "a;b"])
+def test_names_have_plain_characters(name: str) -> None:
+    with pytest.raises(ConfigError, match="has other characters"):
+        site_settings(RunConfig(), {"data-path": "/data", "site": name})
+
+
+@pytest.mark.parametrize("name", ["a", "7", "Site_1.b-c", "x" * 63])
+def test_names_that_are_fine(name: str) -> None:
+    assert site_settings(RunConfig(), {"data-path": "/data", "site": name}).name == name
+
+
+@pytest.mark.parametrize("key", ["train-file", "eval-file"])
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other/train.jsonl", "a/../../b.csv"])
+def test_run_cannot_name_files_outside_the_site_s_folder(key: str, name: str) -> None:
+    config = RunConfig.from_flat({f"data.{key}": name})
+    with pytest.raises(ConfigError, match=f"data.{key} leads out of the site's folder") as caught:
+        site_settings(config, {"data-path": "/data"})
+    assert name not in public_reason(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/elsewhere/rows.csv", "../rows.csv", "sub/rows.csv"])
+def test_site_itself_can(name: str) -> None:
+    node: dict[str, Any] = {"data-path": "/data", "train-file": name}
+    assert site_settings(RunConfig.from_flat({"data.train-file": "/x"}), node).train_path == Path("/data") / name
