@@ -192,9 +192,8 @@ def table(outcomes: Iterable[Outcome]) -> str:
     by_method: dict[str, list[Outcome]] = {}
     for item in outcomes:
         by_method.setdefault(item.method, []).append(item)
-    lines = [
-        f"{'method':<32} {'accuracy':>15} {'macro-F1':>15} {'worst site':>15} {'up/site/round':>14} {'total':>10} {'s/step':>7}"
-    ]
+    columns = ("accuracy", "macro-F1", "worst site")
+    lines = [f"{'method':<32} {''.join(f'{c:>16}' for c in columns)} {'up/site/round':>14} {'total':>10} {'s/step':>7}"]
     for method, items in by_method.items():
         label = METHODS[method].label if method in METHODS else "TF-IDF + linear SVM, pooled"
         central = method not in METHODS or METHODS[method].central

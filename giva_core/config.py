@@ -54,6 +54,17 @@ class Section:
             _check_limits(f"{self._prefix}{_dashed(spec.name)}", getattr(self, spec.name), spec.metadata)
 
 
+    def to_json(self) -> str:
+        """JSON of the section's fields, named as in TOML, keys sorted."""
+        return json.dumps({_dashed(s.name): getattr(self, s.name) for s in fields(self)}, sort_keys=True)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`; unknown keys are refused."""
+        section = getattr(RunConfig.from_nested({cls._prefix.rstrip("."): json.loads(text)}), cls._prefix.rstrip("."))
+        return section  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class ModelConfig(Section):
     """The pretrained model."""

@@ -16,7 +16,8 @@ def test_the_library_example_trains_saves_and_loads(toy_model, tmp_path, monkeyp
     [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names = {"path": str(toy_model), "texts": ["a b c d", "x y z", "b c e f", "w y x v u"] * 2, "labels": [0, 1, 0, 1] * 2}
+    texts = ["a b c d", "x y z", "b c e f", "w y x v u"] * 2
+    names = {"path": str(toy_model), "texts": texts, "labels": [0, 1, 0, 1] * 2}
     exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "adapter" / "vectors.safetensors").is_file()
     with torch.no_grad():

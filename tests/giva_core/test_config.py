@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from giva_core.config import (
+    GivaConfig,
     RunConfig,
     Section,
     describe_options,
@@ -360,3 +361,12 @@ def test_flatten_keeps_strategy_options_together() -> None:
     flat = flatten({"a": 1, "b": {"c": 2, "d": {"e": 3}}, "strategy": {"options": {"y": 1, "x": 2}}})
     assert flat == {"a": 1, "b.c": 2, "b.d.e": 3, "strategy.options": '{"x": 2, "y": 1}'}
     assert json.loads(str(flat["strategy.options"])) == {"x": 2, "y": 1}
+
+
+def test_a_section_goes_through_json_by_itself():
+    config = GivaConfig(rank=5, target_modules=("query", "value"), init="secsv", dropout=0.25)
+    assert GivaConfig.from_json(config.to_json()) == config
+    with pytest.raises(ConfigError, match=r"giva\.rank is too small"):
+        GivaConfig.from_json('{"rank": 0}')
+    with pytest.raises(ConfigError, match="there is no setting"):
+        GivaConfig.from_json('{"colour": 1}')
