@@ -6,7 +6,6 @@ only in simulation, `data.folder` with a sub-folder for each site.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,7 @@ from typing import Any
 from giva_core.config import DataConfig, RunConfig
 from giva_core.errors import ConfigError, DataError
 from giva_core.paths import expand
-
-_SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+from giva_core.protocol import SITE_NAME
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def site_settings(config: RunConfig, node_config: Mapping[str, Any]) -> SiteSett
             public="the node's configuration has no data-path",
         )
     name = str(own.get("site", folder.name))
-    if not _SITE_NAME.fullmatch(name):
+    if not SITE_NAME.fullmatch(name):
         raise ConfigError("a site's name has other characters than letters, digits, '.', '_' and '-'", got=repr(name))
     return SiteSettings(name, folder, data, str(own.get("device", config.train.device)))
 

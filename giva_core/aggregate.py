@@ -43,10 +43,10 @@ def weighted_mean(updates: Sequence[Arrays], weights: Sequence[int]) -> Arrays:
     total = float(sum(weights))
     means: Arrays = {}
     for name, first in updates[0].items():
-        running = np.zeros(first.shape, np.float64)
-        for update, weight in zip(updates, weights, strict=True):
-            if name not in update or update[name].shape != first.shape or len(update) != len(updates[0]):
-                raise UpdateError(f"the updates do not all have the array '{name}' in shape {first.shape}")
+        if any(update.keys() != updates[0].keys() or update[name].shape != first.shape for update in updates):
+            raise UpdateError(f"the updates do not all have the array '{name}' in shape {first.shape}")
+        running = first.astype(np.float64) * float(weights[0])
+        for update, weight in zip(updates[1:], weights[1:], strict=True):
             running += update[name].astype(np.float64) * float(weight)
         means[name] = (running / total).astype(np.float32)
     return means

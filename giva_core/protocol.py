@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +33,9 @@ from .types import Arrays, ClientUpdate, LayerShape, ModelSchema, QuantisedSketc
 
 #: Raised with every change of a message's form; a site and a server of different versions refuse each other.
 PROTOCOL_VERSION = 1
+
+#: What a site may be called; the name becomes part of tables, files and logs.
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 HELLO, STATE, FINISH = "query.hello", "query.state", "query.finish"
 HEAD, CALIBRATE, BASES, ROUND = "train.head", "train.calibrate", "train.bases", "train.round"
@@ -222,6 +226,8 @@ class Hello:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ProtocolError("a site's schema cannot be read", got=type(error).__name__) from None
         schema = ModelSchema(tuple(LayerShape(*row[:3]) for row in rows), tuple(row[3] for row in rows), state)
+        if not SITE_NAME.fullmatch(payload.text("site")):
+            raise ProtocolError("a site's name has other characters than letters, digits, '.', '_' and '-'")
         return cls(
             site=payload.text("site"),
             num_train=payload.integer("num_train"),

@@ -26,8 +26,8 @@ def check_update(update: ClientUpdate, hello: Hello, start: Arrays, bases_digest
         UpdateError: Naming the first fault found.
     """
     _check_counts(update.num_examples, hello.num_train, "training")
-    if update.num_steps < 1:
-        raise UpdateError("the site took no training step", got=update.num_steps)
+    if not 1 <= update.num_steps < 2**31:
+        raise UpdateError("the number of training steps cannot be", got=update.num_steps, expected="at least 1")
     if update.bases_digest != bases_digest:
         raise UpdateError(
             "the update was trained on other bases",

@@ -74,7 +74,7 @@ class Members:
         if not nodes:
             return []
         question = Payload(values={"config": self.config.digest(), "protocol": protocol.PROTOCOL_VERSION})
-        answers = ask(self.grid, nodes, protocol.HELLO, question, deadline_seconds=self.config.rounds.deadline_seconds)
+        answers = ask(self.grid, nodes, protocol.HELLO, question, deadline_seconds=self.config.rounds.join_seconds)
         heard = [(answer, *_read_hello(answer)) for answer in answers]
         if self.reference is None:
             digest = self.config.digest()

@@ -43,7 +43,7 @@ def test_sound_updates_pass(changes: dict[str, Any]) -> None:
         ({"num_examples": 0}, "number of training examples cannot be; got 0; expected 1 to 40"),
         ({"num_examples": 41}, "number of training examples cannot be; got 41"),
         ({"num_examples": -1}, "number of training examples"),
-        ({"num_steps": 0}, "no training step; got 0"),
+        ({"num_steps": 0}, "number of training steps cannot be; got 0"),
         ({"bases_digest": "cd" * 32}, "other bases; got cdcdcdcdcdcd…; expected abababababab…"),
         ({"bases_digest": ""}, "other bases; got none"),
         ({"train_loss": float("nan")}, "loss is not finite"),
