@@ -63,6 +63,7 @@ test-slow: setup ## the long runs
 
 lint: setup ## style and likely mistakes
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: setup ## type annotations
 	$(BIN)/mypy
@@ -70,8 +71,9 @@ types: setup ## type annotations
 imports: setup ## who may import whom
 	$(BIN)/lint-imports --no-logo
 
-format: setup ## sort imports and repair what can be repaired
+format: setup ## format, sort imports, repair what can be repaired
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean: ## remove caches, reports and build results, not .venv
 	rm -rf build dist *.egg-info *.fab .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov

@@ -12,6 +12,7 @@ A seed decides the split of the data, the sites, the sketches, the head and the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -33,33 +34,40 @@ from server.progress import describe
 from server.run_store import RunStore, default_root
 from server.simulate import simulate
 
+#: Method, seed, training examples, settings, file of the evaluation rows.
+Task = tuple[str, int, int, dict[str, Any], str]
+
 RECIPE = Path(__file__).parent.parent / "recipes" / "medical-demo.toml"
-DEMO_EXAMPLES, FULL_EXAMPLES = 1500, 3000
+DEMO_EXAMPLES, FULL_EXAMPLES = 1500, 0  # 0: all of them
+FULL_SETTINGS = {"rounds.num-rounds": 3, "rounds.evaluate-every": 100}
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: its settings beside the recipe's, and the rates that `--tune` searches."""
+    """One row of the table: its settings beside the recipe's, and the grid that `--tune` searches."""
 
     label: str
     settings: dict[str, Any]
+    grid: dict[str, tuple[float, ...]]
     central: bool = False
-    rates: tuple[float, ...] = ()
-    head_rates: tuple[float, ...] = ()
 
 
 METHODS = {
-    "giva": Method("federated GiVA r=8", {}, rates=(0.02, 0.05, 0.1), head_rates=(1e-3, 5e-3)),
-    "giva-central": Method("central GiVA r=8", {}, central=True, rates=(0.02, 0.05, 0.1), head_rates=(1e-3, 5e-3)),
-    "head": Method("frozen encoder, federated head", {"method": "head"}, head_rates=(5e-3, 2e-2, 5e-2)),
-    "lora": Method("FedAvg-LoRA r=8", {"method": "lora"}, rates=(5e-4, 1e-3, 2e-3, 5e-3), head_rates=(1e-3, 5e-3)),
+    "giva": Method("federated GiVA r=8", {}, grid={"train.learning-rate": (0.02, 0.05, 0.1)}),
+    "giva-central": Method("central GiVA r=8", {}, central=True, grid={"train.learning-rate": (0.02, 0.05)}),
+    "lora": Method("FedAvg-LoRA r=8", {"method": "lora"}, grid={"train.learning-rate": (1e-3, 2e-3)}),
+    "head": Method(
+        "frozen encoder, federated head",
+        {"method": "head", "rounds.head-rounds": 0, "rounds.num-rounds": 10},
+        grid={"train.head-learning-rate": (5e-3, 1e-2, 2e-2), "train.head-epsilon": (1e-8, 1e-2)},
+    ),
 }
-#: What `--tune` found on the validation rows of seed 0 (see docs/results.md).
+#: The best of each grid on the validation rows of seed 0, as `--full --tune` prints them.
 TUNED: dict[str, dict[str, Any]] = {
     "giva": {},
     "giva-central": {},
-    "head": {},
     "lora": {},
+    "head": {},
 }
 
 
@@ -98,7 +106,8 @@ def configure(method: str, seed: int, examples: int, settings: dict[str, Any], e
     """The recipe with the method's settings, the tuned ones and those given, on this seed's split."""
     spec = METHODS[method]
     folder = data_folder(examples, seed)
-    config = RunConfig.from_toml(RECIPE, {**spec.settings, **TUNED[method], **settings})
+    full = FULL_SETTINGS if examples == FULL_EXAMPLES else {}
+    config = RunConfig.from_toml(RECIPE, {**full, **spec.settings, **TUNED[method], **settings})
     flat = {
         "giva.seed": seed,
         "data.eval-file": eval_file,
@@ -119,7 +128,7 @@ def _pooled_site(folder: Path) -> Path:
     return link.parent
 
 
-def outcome(task: tuple[str, int, int, dict[str, Any], str]) -> Outcome:
+def outcome(task: Task) -> Outcome:
     """Run one configuration, or find it in the store."""
     method, seed, examples, settings, eval_file = task
     config = configure(method, seed, examples, settings, eval_file)
@@ -177,7 +186,7 @@ def _rows(path: Path) -> tuple[list[str], list[str]]:
     return [row["text"] for row in rows], [row["label"] for row in rows]
 
 
-def run_all(tasks: Sequence[tuple[str, int, int, dict[str, Any], str]], jobs: int) -> list[Outcome]:
+def run_all(tasks: Sequence[Task], jobs: int) -> list[Outcome]:
     """All tasks, `jobs` at a time, in processes of their own."""
     for examples, seed in {(task[2], task[1]) for task in tasks}:
         data_folder(examples, seed)  # before the processes start, so that no two make the same folder
@@ -212,25 +221,20 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ± {statistics.stdev(values):.4f}"
 
 
-def tuning_tasks(methods: Iterable[str], examples: int) -> list[tuple[str, int, int, dict[str, Any], str]]:
-    """Every pair of rates of every method, on the validation rows of seed 0."""
+def tuning_tasks(methods: Iterable[str], examples: int, settings: dict[str, Any]) -> list[Task]:
+    """Every point of every method's grid, on the validation rows of seed 0."""
     tasks = []
     for method in methods:
-        for rate in METHODS[method].rates or (None,):
-            for head_rate in METHODS[method].head_rates:
-                settings: dict[str, Any] = {"train.head-learning-rate": head_rate}
-                if rate is not None:
-                    settings["train.learning-rate"] = rate
-                tasks.append((method, 0, examples, settings, "validation.jsonl"))
+        grid = METHODS[method].grid
+        for point in itertools.product(*grid.values()):
+            tasks.append((method, 0, examples, {**settings, **dict(zip(grid, point, strict=True))}, "validation.jsonl"))
     return tasks
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--full", action="store_true", help=f"{FULL_EXAMPLES} training questions instead of {DEMO_EXAMPLES}"
-    )
+    parser.add_argument("--full", action="store_true", help=f"all training questions instead of {DEMO_EXAMPLES}")
     parser.add_argument(
         "--baselines", action="store_true", help="central GiVA, head only, FedAvg-LoRA, TF-IDF + SVM as well"
     )
@@ -247,12 +251,12 @@ def main() -> None:
     examples = FULL_EXAMPLES if options.full else DEMO_EXAMPLES
     methods = options.methods or ([*METHODS, "svm"] if options.baselines else ["giva"])
     runs = [method for method in methods if method != "svm"]
+    settings = parse_assignments(options.settings)
     if options.tune:
-        outcomes = run_all(tuning_tasks(runs, examples), options.jobs)
+        outcomes = run_all(tuning_tasks(runs, examples, settings), options.jobs)
         for item in sorted(outcomes, key=lambda item: (item.method, -item.accuracy)):
             print(json.dumps(asdict(item)))
         return
-    settings = parse_assignments(options.settings)
     seeds = range(options.seeds)
     outcomes = run_all([(m, seed, examples, settings, "test.jsonl") for seed in seeds for m in runs], options.jobs)
     if "svm" in methods:

@@ -86,10 +86,13 @@ def train_alone(
 
     def one_round(phase: str, number: int, total: int, arrays: Arrays, digest: str) -> Arrays:
         started = time.monotonic()
-        names = protocol.trained_names(schema, "both", digest)
-        update: ClientUpdate = trainer.train(TrainRequest(arrays, number, total, digest, names))
+        names = protocol.trained_names(schema, "head" if phase == "head" else "both", digest)
+        update: ClientUpdate = trainer.train(
+            TrainRequest(arrays, number, total, digest, names, is_head_round=phase == "head")
+        )
         made = {**arrays, **update.arrays}
-        evaluation = trainer.evaluate(made, digest) if site.eval_path else None
+        due = number % config.rounds.evaluate_every == 0 or number == total
+        evaluation = trainer.evaluate(made, digest) if site.eval_path and due else None
         rounds.append(LocalRound(phase, number, update.train_loss, evaluation, time.monotonic() - started))
         watch(rounds[-1])
         return made

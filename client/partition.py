@@ -99,7 +99,8 @@ def dirichlet_partition(
         if all(_enough(name, np.bincount(of, minlength=num_sites)) for name, of in sites.items()):
             return sites
     raise DataError(
-        "no draw gave every site enough examples", got=f"{num_sites} sites, alpha {alpha:g}, {_DRAWS} draws",
+        "no draw gave every site enough examples",
+        got=f"{num_sites} sites, alpha {alpha:g}, {_DRAWS} draws",
         expected=f"at least {MIN_TRAIN_ROWS} training examples and {MIN_SHARE:.0%} of each split at every site",
         remedy="take fewer sites, a larger alpha or more training examples",
     )

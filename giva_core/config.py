@@ -53,16 +53,17 @@ class Section:
         for spec in fields(self):  # type: ignore[arg-type]
             _check_limits(f"{self._prefix}{_dashed(spec.name)}", getattr(self, spec.name), spec.metadata)
 
-
     def to_json(self) -> str:
         """JSON of the section's fields, named as in TOML, keys sorted."""
-        return json.dumps({_dashed(s.name): getattr(self, s.name) for s in fields(self)}, sort_keys=True)  # type: ignore[arg-type]
+        values = {_dashed(spec.name): getattr(self, spec.name) for spec in fields(self)}  # type: ignore[arg-type]
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """The inverse of `to_json`; unknown keys are refused."""
-        section = getattr(RunConfig.from_nested({cls._prefix.rstrip("."): json.loads(text)}), cls._prefix.rstrip("."))
-        return section  # type: ignore[no-any-return]
+        name = cls._prefix.rstrip(".")
+        section: Self = getattr(RunConfig.from_nested({name: json.loads(text)}), name)
+        return section
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ class TrainConfig(Section):
     _prefix = "train."
     learning_rate: float = option(1e-2, "peak learning rate of the vectors (or of LoRA's matrices)", above=0.0)
     head_learning_rate: float = option(1e-3, "peak learning rate of the head and of modules_to_save", above=0.0)
+    warm_head_learning_rate: float = option(0.0, "peak learning rate of the head rounds; 0: the head's", minimum=0.0)
+    head_epsilon: float = option(1e-8, "AdamW's epsilon for the head; 1e-2 helps where labels are skewed", above=0.0)
     weight_decay: float = option(0.01, "AdamW's weight decay", minimum=0.0)
     batch_size: int = option(32, "examples in a forward pass", minimum=1)
     accumulation_steps: int = option(1, "forward passes in an optimizer step", minimum=1)
@@ -164,6 +167,7 @@ class RoundsConfig(Section):
     fraction_evaluate: float = option(
         1.0, "share of the sites sampled for evaluation; 0 switches it off", minimum=0.0, maximum=1.0
     )
+    evaluate_every: int = option(1, "rounds from one evaluation to the next; the last round always has one", minimum=1)
     min_sites: int = option(
         1, "sites that must be connected before the run starts, and are sampled at least", minimum=1
     )

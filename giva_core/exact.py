@@ -116,7 +116,8 @@ def quantise(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     if np.any(np.abs(exponents) > EXPONENT_LIMIT):
         raise NumericsError(
             "a matrix has a column out of range",
-            got=f"exponents {exponents.min()} to {exponents.max()}", expected=f"within ±{EXPONENT_LIMIT}",
+            got=f"exponents {exponents.min()} to {exponents.max()}",
+            expected=f"within ±{EXPONENT_LIMIT}",
             cause="values that float32 cannot hold",
         )
     return codes.astype(np.int32), exponents
@@ -129,8 +130,10 @@ def _finite(values: np.ndarray) -> np.ndarray:
     bad = values.size - int(np.count_nonzero(np.isfinite(values)))
     if bad:
         raise NumericsError(
-            "a matrix holds numbers that are not finite", got=f"{bad} of {values.size} NaN or infinite",
-            cause="the loss or its gradient overflowed", remedy="use float32 or bfloat16 weights, or check the inputs",
+            "a matrix holds numbers that are not finite",
+            got=f"{bad} of {values.size} NaN or infinite",
+            cause="the loss or its gradient overflowed",
+            remedy="use float32 or bfloat16 weights, or check the inputs",
             public="a sketch is not finite",
         )
     return values
@@ -158,18 +161,22 @@ def checked(codes: np.ndarray, exponents: np.ndarray) -> tuple[np.ndarray, np.nd
         _finite(codes)
     if codes.ndim != 2 or 0 in codes.shape or codes.dtype.kind != "i":
         raise BasesError(
-            "a matrix of integers was expected", got=f"{codes.dtype} of shape {codes.shape}",
-            expected="signed integers of shape (n, q)", remedy="quantise the values first",
+            "a matrix of integers was expected",
+            got=f"{codes.dtype} of shape {codes.shape}",
+            expected="signed integers of shape (n, q)",
+            remedy="quantise the values first",
         )
     if exponents.shape != codes.shape[1:] or exponents.dtype.kind != "i":
         raise BasesError(
-            "the exponents do not fit the integers", got=f"{exponents.dtype} of shape {exponents.shape}",
+            "the exponents do not fit the integers",
+            got=f"{exponents.dtype} of shape {exponents.shape}",
             expected=f"signed integers of shape ({codes.shape[1]},)",
         )
     if np.any(np.abs(exponents.astype(np.int64)) > EXPONENT_LIMIT):
         raise BasesError(
             "an exponent is out of range",
-            got=f"{exponents.min()} to {exponents.max()}", expected=f"within ±{EXPONENT_LIMIT}",
+            got=f"{exponents.min()} to {exponents.max()}",
+            expected=f"within ±{EXPONENT_LIMIT}",
         )
     return codes.astype(np.float64), exponents.astype(np.int64)
 
@@ -297,8 +304,10 @@ def _gram(codes: np.ndarray) -> np.ndarray:
     if not largest < EXACT_LIMIT:
         raise BasesError(
             "the integers of a matrix are too large for an exact product",
-            got=f"squared norm of a column 2^{math.log2(largest):.1f}", expected="less than 2^53",
-            cause=f"too many bits for {codes.shape[0]} rows", remedy="lower giva.sketch-bits",
+            got=f"squared norm of a column 2^{math.log2(largest):.1f}",
+            expected="less than 2^53",
+            cause=f"too many bits for {codes.shape[0]} rows",
+            remedy="lower giva.sketch-bits",
         )
     return product
 
@@ -330,7 +339,8 @@ def _product(codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
     if bits < 12:
         raise NumericsError(
             "a product of integers would not be exact",
-            got=f"{codes.shape[1]} terms of up to {largest.bit_length()} bits", expected="at most 41 bits together",
+            got=f"{codes.shape[1]} terms of up to {largest.bit_length()} bits",
+            expected="at most 41 bits together",
         )
     integers, exponents = _round_columns(weights, bits + 1)
     return np.ldexp(codes @ integers + 0.0, exponents)
@@ -447,7 +457,8 @@ def _refine(columns: np.ndarray) -> np.ndarray:
             return columns + 0.0
     raise NumericsError(
         "columns did not become orthonormal",
-        got=f"{_MAX_REFINEMENTS} refinements", cause="a matrix very near to singular",
+        got=f"{_MAX_REFINEMENTS} refinements",
+        cause="a matrix very near to singular",
     )
 
 
@@ -460,7 +471,8 @@ def _inverse_factor(gram: np.ndarray) -> np.ndarray:
         if not pivot > float(gram[j, j]) * NULL_RATIO**2:
             raise BasesError(
                 "the columns of a matrix are linearly dependent",
-                got=f"{j} independent columns", expected=f"{k} of them",
+                got=f"{j} independent columns",
+                expected=f"{k} of them",
             )
         work[j] = work[j] / math.sqrt(pivot)
         work[j + 1 :] = work[j + 1 :] - work[j, j + 1 : k, None] * work[j]

@@ -316,7 +316,8 @@ def _match_expression(expression: str, names: list[str], modules: Mapping[str, n
     if not matched:
         raise TargetError(
             f"no module's whole name matches the regular expression '{expression}'",
-            expected=_nearby(expression, modules), cause="a single string is an expression for the whole name",
+            expected=_nearby(expression, modules),
+            cause="a single string is an expression for the whole name",
             remedy="give endings as a list",
         )
     return matched
@@ -333,7 +334,8 @@ def _match_endings(endings: Collection[str], names: list[str], modules: Mapping[
             raise TargetError(f"target '{ending}' is inside a module that is trained whole", remedy="leave it out")
         if not found:
             raise TargetError(
-                f"target '{ending}' matches no module", expected=_nearby(ending, modules),
+                f"target '{ending}' matches no module",
+                expected=_nearby(ending, modules),
                 cause="a name of another architecture",
             )
         matched |= found

@@ -215,7 +215,9 @@ def linear_shape(module: nn.Module, name: str) -> LayerShape:
     module = unwrap(module)
     if not is_adaptable(module):
         raise TargetError(
-            f"'{name}' cannot be adapted", got=type(module).__name__, expected="nn.Linear or transformers' Conv1D",
+            f"'{name}' cannot be adapted",
+            got=type(module).__name__,
+            expected="nn.Linear or transformers' Conv1D",
             cause="the target matches a container or another kind of layer",
             remedy="name linear layers in giva.target-modules",
         )
@@ -237,8 +239,10 @@ def check_bases(shape: LayerShape, A: np.ndarray, B: np.ndarray) -> None:
     fits = A.ndim == 2 and B.ndim == 2 and A.shape[0] == B.shape[1] >= 1
     if not fits or A.shape[1] != shape.d_in or B.shape[0] != shape.d_out:
         raise BasesError(
-            f"the bases of '{shape.name}' do not fit the layer", got=f"A {tuple(A.shape)}, B {tuple(B.shape)}",
-            expected=f"A (r, {shape.d_in}), B ({shape.d_out}, r)", cause="bases of another model, or A and B exchanged",
+            f"the bases of '{shape.name}' do not fit the layer",
+            got=f"A {tuple(A.shape)}, B {tuple(B.shape)}",
+            expected=f"A (r, {shape.d_in}), B ({shape.d_out}, r)",
+            cause="bases of another model, or A and B exchanged",
             remedy="build the bases from this model's sketches",
         )
     for letter, matrix in (("A", A), ("B", B)):

@@ -205,6 +205,7 @@ class Hello:
                 [s.name, s.d_out, s.d_in, r] for s, r in zip(self.schema.layers, self.schema.ranks, strict=True)
             ],
             "state": {name: list(shape) for name, shape in self.schema.state.items()},
+            "adapter": list(self.schema.adapter),
         }
         own = {name: value for name, value in vars(self).items() if name != "schema"}
         return Payload(values={**own, "schema": json.dumps(schema), "protocol": PROTOCOL_VERSION})
@@ -223,9 +224,10 @@ class Hello:
             raw = json.loads(payload.text("schema"))
             rows = [(str(name), int(d_out), int(d_in), int(r)) for name, d_out, d_in, r in raw["layers"]]
             state = {str(name): tuple(int(n) for n in shape) for name, shape in raw["state"].items()}
+            adapter = tuple(str(name) for name in raw["adapter"])
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ProtocolError("a site's schema cannot be read", got=type(error).__name__) from None
-        schema = ModelSchema(tuple(LayerShape(*row[:3]) for row in rows), tuple(row[3] for row in rows), state)
+        schema = ModelSchema(tuple(LayerShape(*row[:3]) for row in rows), tuple(row[3] for row in rows), state, adapter)
         if not SITE_NAME.fullmatch(payload.text("site")):
             raise ProtocolError("a site's name has other characters than letters, digits, '.', '_' and '-'")
         return cls(
@@ -251,6 +253,7 @@ class TrainRequest:
         total_rounds: Rounds of this phase: the learning rate runs over all of them.
         bases_digest: The bases to train on; empty before calibration and for methods without bases.
         train_names: Names of the arrays to train and to send back, in wire order.
+        is_head_round: Whether the head alone is trained, before calibration.
         proximal_mu: Weight of FedProx's proximal term (Li et al., arXiv:1812.06127); 0 for none.
     """
 
@@ -260,6 +263,7 @@ class TrainRequest:
     bases_digest: str
     train_names: tuple[str, ...]
     proximal_mu: float = 0.0
+    is_head_round: bool = False
 
 
 def global_to_payload(arrays: Arrays, schema: ModelSchema, bases_digest: str) -> Payload:
@@ -286,7 +290,15 @@ def global_shapes(schema: ModelSchema, bases_digest: str, with_residual: bool) -
 
 
 def trained_names(schema: ModelSchema, factor: str, bases_digest: str) -> tuple[str, ...]:
-    """What is trained and sent back: both vectors or one of them (`lambda_o`, `lambda_s`), and the state."""
+    """What is trained and sent back, in wire order.
+
+    Args:
+        schema: What the model has.
+        factor: `both` vectors and the state; one vector (`lambda_o`, `lambda_s`) and the state; or the `head` alone.
+        bases_digest: Empty before calibration, when there are no vectors.
+    """
+    if factor == "head":
+        return tuple(name for name in schema.state if name not in schema.adapter)
     vectors = schema.vector_shapes() if bases_digest else {}
     return (*(name for name in vectors if factor == "both" or name.endswith(f".{factor}")), *schema.state)
 
@@ -313,6 +325,7 @@ def train_from_payload(payload: Payload, schema: ModelSchema) -> TrainRequest:
         bases_digest=digest,
         train_names=trained_names(schema, payload.text("factor"), digest),
         proximal_mu=payload.number("proximal-mu"),
+        is_head_round=payload.text("factor") == "head",
     )
 
 

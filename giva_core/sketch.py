@@ -115,8 +115,10 @@ def sketch_pass(
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise NumericsError(
-                f"the sketch of '{name}' is not finite", cause="the gradient overflows in the type of the activations",
-                remedy="use bfloat16 or float32", public="a calibration sketch is not finite",
+                f"the sketch of '{name}' is not finite",
+                cause="the gradient overflows in the type of the activations",
+                remedy="use bfloat16 or float32",
+                public="a calibration sketch is not finite",
             )
     return SketchPass(arrays, num_examples, total_loss / num_examples, unreached)
 
@@ -133,7 +135,8 @@ class _Tap:
         d_multiplier, d_result = (shape.d_out, shape.d_in) if self.side == "output" else (shape.d_in, shape.d_out)
         if multiplier.ndim != 2 or multiplier.shape[0] != d_multiplier:
             raise BasesError(
-                f"the multiplier of '{shape.name}' does not fit side {self.side}", got=tuple(multiplier.shape),
+                f"the multiplier of '{shape.name}' does not fit side {self.side}",
+                got=tuple(multiplier.shape),
                 expected=f"({d_multiplier}, q)",
             )
         device = next(self.module.parameters()).device
@@ -193,8 +196,10 @@ def _make_tap(model: nn.Module, layer: LayerShape, side: str) -> _Tap:
     found = linear_shape(module, layer.name)
     if found != layer:
         raise TargetError(
-            f"'{layer.name}' has another shape", got=f"({found.d_out}, {found.d_in})",
-            expected=f"({layer.d_out}, {layer.d_in})", cause="a configuration of another model",
+            f"'{layer.name}' has another shape",
+            got=f"({found.d_out}, {found.d_in})",
+            expected=f"({layer.d_out}, {layer.d_in})",
+            cause="a configuration of another model",
         )
     return _Tap(layer, module, side)
 

@@ -93,11 +93,13 @@ class ModelSchema:
         layers: The adapted layers, in model order; empty for methods without bases.
         ranks: The effective rank of each of them.
         state: Shape by name of every array that is trained besides the vectors (head, or another method's matrices).
+        adapter: Those names of `state` that are another method's matrices; head rounds leave them alone.
     """
 
     layers: tuple[LayerShape, ...]
     ranks: tuple[int, ...]
     state: Mapping[str, tuple[int, ...]]
+    adapter: tuple[str, ...] = ()
 
     def vector_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape by name of `lambda_o` and `lambda_s` of every layer."""

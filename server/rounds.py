@@ -231,7 +231,9 @@ class Federation:
         """One round: sample, train, check, aggregate, evaluate, store."""
         started = time.monotonic()
         rounds = self.config.rounds
-        factor = aggregate.alternate_factor(number) if phase == "train" and rounds.mode == "alternate" else "both"
+        factor = "head" if phase == "head" else "both"
+        if phase == "train" and rounds.mode == "alternate":
+            factor = aggregate.alternate_factor(number)
         mu = self.aggregator.prepare(number, self.arrays)
         tried: list[SiteRecord] = []
         for attempt in range(rounds.retries + 1):
@@ -247,7 +249,10 @@ class Federation:
                 remedy="see to the sites named, then resume the run",
             )
         error = self._aggregate(phase, number, accepted.updates)
-        records, evaluations = self._evaluate(number, _merge_attempts(tried, accepted.records))
+        records = _merge_attempts(tried, accepted.records)
+        evaluations: list[SiteEvaluation] = []
+        if number % rounds.evaluate_every == 0 or number == total:
+            records, evaluations = self._evaluate(number, records)
         weights = [update.num_examples for update in accepted.updates]
         eval_weights = [evaluation.num_examples for evaluation in evaluations]
         self._record(
@@ -271,7 +276,7 @@ class Federation:
         digest = self.bases_digest
         start = {**self.arrays, **self.residual}
         names = protocol.trained_names(self.schema, factor, digest)
-        request = TrainRequest(start, number, total, digest, names, mu)
+        request = TrainRequest(start, number, total, digest, names, mu, factor == "head")
         payload = protocol.train_to_payload(request, self.schema, factor)
         shapes = {name: start[name].shape for name in names}
         updates: list[ClientUpdate] = []

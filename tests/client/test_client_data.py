@@ -64,8 +64,11 @@ def test_a_whole_number_is_a_name(tmp_path: Path) -> None:
 
 def test_multilabel_takes_lists_and_text_and_none_of_them(tmp_path: Path) -> None:
     path = jsonl(
-        tmp_path, {"text": "a", "label": ["blue", " red"]}, {"text": "b", "label": "green | blue"},
-        {"text": "c", "label": []}, {"text": "d", "label": ""},
+        tmp_path,
+        {"text": "a", "label": ["blue", " red"]},
+        {"text": "b", "label": "green | blue"},
+        {"text": "c", "label": []},
+        {"text": "d", "label": ""},
     )
     labels = read_rows(path, TAGS, DATA).labels
     assert labels.dtype == np.float32

@@ -110,8 +110,14 @@ def check_layout(done: Prepared, sites: list[str]) -> None:
 
 def test_equal_texts_are_kept_once_and_ambiguous_ones_not_at_all() -> None:
     texts = [
-        ("Fever is :", "A"), ("fever IS?", "A"), ("fever is -", "A"), ("fever is not", "A"),
-        ("cyst ?", "A"), ("Cyst -", "B"), ("cyst", "A"), ("cyst!", "B"),
+        ("Fever is :", "A"),
+        ("fever IS?", "A"),
+        ("fever is -", "A"),
+        ("fever is not", "A"),
+        ("cyst ?", "A"),
+        ("Cyst -", "B"),
+        ("cyst", "A"),
+        ("cyst!", "B"),
     ]
     kept = clean(Item(text, label, "s") for text, label in texts)
     assert [item.text for item in kept] == ["Fever is :", "fever is not", "cyst!"]

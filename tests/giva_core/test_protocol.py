@@ -331,4 +331,4 @@ def test_metrics_are_numbers() -> None:
 def test_hello_carries_no_more_than_it_says() -> None:
     values = HELLO.to_payload().values
     assert set(values) == {f.name for f in dataclasses.fields(Hello)} | {"protocol"}
-    assert set(json.loads(str(values["schema"]))) == {"layers", "state"}
+    assert set(json.loads(str(values["schema"]))) == {"layers", "state", "adapter"}
