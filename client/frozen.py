@@ -65,4 +65,4 @@ def head_inputs(task: TaskModel, data: EncodedData, config: TrainConfig) -> Enco
             rows[indices] = seen.pop().float().cpu().numpy()
     finally:
         handle.remove()
-    return EncodedData(list(rows), data.labels, [0] * len(data))
+    return EncodedData(list(rows), data.labels, data.lengths)  # the same batches as with the texts
