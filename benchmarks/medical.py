@@ -39,7 +39,7 @@ Task = tuple[str, int, int, dict[str, Any], str]
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "medical-demo.toml"
 DEMO_EXAMPLES, FULL_EXAMPLES = 1500, 0  # 0: all of them
-FULL_SETTINGS = {"rounds.num-rounds": 3, "rounds.evaluate-every": 100}
+FULL_SETTINGS = {"train.local-epochs": 0.5, "rounds.evaluate-every": 100}
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Method:
 
 
 METHODS = {
-    "giva": Method("federated GiVA r=8", {}, grid={"train.learning-rate": (0.02, 0.05, 0.1)}),
+    "giva": Method("federated GiVA r=8", {}, grid={"train.learning-rate": (0.02, 0.05)}),
     "giva-central": Method("central GiVA r=8", {}, central=True, grid={"train.learning-rate": (0.02, 0.05)}),
     "lora": Method("FedAvg-LoRA r=8", {"method": "lora"}, grid={"train.learning-rate": (1e-3, 2e-3)}),
     "head": Method(
         "frozen encoder, federated head",
-        {"method": "head", "rounds.head-rounds": 0, "rounds.num-rounds": 10},
+        {"method": "head", "rounds.head-rounds": 0, "rounds.num-rounds": 10, "train.local-epochs": 1.0},
         grid={"train.head-learning-rate": (5e-3, 1e-2, 2e-2), "train.head-epsilon": (1e-8, 1e-2)},
     ),
 }

@@ -18,7 +18,7 @@ from giva_core.errors import GivaError, public_reason
 from giva_core.protocol import Payload
 
 from . import backbone, trainer
-from .site import site_settings
+from .site import local_config, site_settings
 from .trainer import Trainer
 
 #: Flower reserves the codes below 100.
@@ -46,7 +46,8 @@ def answer(message: Message, context: Context, handler: Handler) -> Message:
     """Let `handler` answer; a failure becomes an error reply without content."""
     try:
         config = RunConfig.from_flat(context.run_config)
-        site = trainer.get_trainer(site_settings(config, context.node_config), config)
+        own = local_config(config, context.node_config)
+        site = trainer.get_trainer(site_settings(config, context.node_config), own)
         return Message(to_content(handler(from_content(message.content), site)), reply_to=message)
     except Exception as error:  # whatever it is, it must not reach the network with its text
         what = error if isinstance(error, GivaError) else type(error).__name__  # another's text may quote a row

@@ -106,6 +106,31 @@ def site_settings(config: RunConfig, node_config: Mapping[str, Any]) -> SiteSett
     return SiteSettings(name, folder, data, str(own.get("device", config.train.device)))
 
 
+def local_config(config: RunConfig, node_config: Mapping[str, Any]) -> RunConfig:
+    """The run's configuration with what only the site decides: which model folder is read, and whether a hub is asked.
+
+    Args:
+        config: The run's configuration, as it came from the server.
+        node_config: The node's own: `model-path`, and `allow-model-hub` for a site that may ask a model hub.
+
+    Raises:
+        ConfigError: A deployed node does not say where its model lies.
+    """
+    own = {key.replace("-", "_"): value for key, value in node_config.items()}
+    if "partition_id" in own and "data_path" not in own:
+        return config  # a simulation: server and sites are one machine
+    if "model_path" not in own:
+        raise ConfigError(
+            "this node does not say where its model lies",
+            expected="model-path in the node's configuration",
+            cause="the run's model.path is the server's word, and the server does not choose what a site reads",
+            remedy="start it with --node-config '... model-path=\"/absolute/folder\"'",
+            public="the node's configuration has no model-path",
+        )
+    is_offline = config.model.local_files_only or own.get("allow_model_hub") is not True
+    return replace(config, model=replace(config.model, path=str(own["model_path"]), local_files_only=is_offline))
+
+
 def _check_inside(key: str, name: str) -> None:
     """The run may say what a file is called, not where on this machine it lies."""
     path = Path(name)

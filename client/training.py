@@ -160,7 +160,7 @@ def train_round(
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     steps_per_epoch = math.ceil(math.ceil(len(data) / config.batch_size) / config.accumulation_steps)
-    total_steps = config.local_epochs * steps_per_epoch
+    total_steps = math.ceil(config.local_epochs * steps_per_epoch)
     if config.max_local_steps:
         total_steps = min(total_steps, config.max_local_steps)
 
@@ -228,7 +228,7 @@ def collate(task: Task, data: EncodedData, indices: Sequence[int], device: torch
 
 def _windows(data: EncodedData, config: TrainConfig, seed: int, server_round: int) -> Iterator[list[list[int]]]:
     """The batches of each optimizer step."""
-    for epoch in range(config.local_epochs):
+    for epoch in range(math.ceil(config.local_epochs)):
         epoch_batches = batches(data, config.batch_size, (seed, server_round, epoch))
         for start in range(0, len(epoch_batches), config.accumulation_steps):
             yield epoch_batches[start : start + config.accumulation_steps]

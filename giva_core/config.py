@@ -142,7 +142,7 @@ class TrainConfig(Section):
     weight_decay: float = option(0.01, "AdamW's weight decay", minimum=0.0)
     batch_size: int = option(32, "examples in a forward pass", minimum=1)
     accumulation_steps: int = option(1, "forward passes in an optimizer step", minimum=1)
-    local_epochs: int = option(1, "passes over the site's data in a round", minimum=1)
+    local_epochs: float = option(1.0, "passes over the site's data in a round; 0.5: a new random half", above=0.0)
     max_local_steps: int = option(0, "optimizer steps in a round at most; 0 means no limit", minimum=0)
     clip_norm: float = option(1.0, "largest norm of a step's gradient; 0 switches clipping off", minimum=0.0)
     warmup_fraction: float = option(0.06, "share of the whole run in which the rate rises", minimum=0.0, maximum=1.0)
@@ -332,6 +332,7 @@ class RunConfig(Section):
             "name",
             "resume",
             "model.path",
+            "model.local-files-only",
             "train.device",
             *(key for key in option_types() if key.startswith("data.")),
         }

@@ -108,3 +108,16 @@ def test_run_cannot_name_files_outside_the_site_s_folder(key: str, name: str) ->
 def test_site_itself_can(name: str) -> None:
     node: dict[str, Any] = {"data-path": "/data", "train-file": name}
     assert site_settings(RunConfig.from_flat({"data.train-file": "/x"}), node).train_path == Path("/data") / name
+
+
+def test_a_deployed_site_chooses_its_model_and_whether_a_hub_is_asked() -> None:
+    run = RunConfig.from_flat({"model.path": "/etc", "model.local-files-only": False})
+    with pytest.raises(ConfigError, match="where its model lies") as caught:
+        local_config(run, {"data-path": "/data"})
+    assert public_reason(caught.value) == "config: the node's configuration has no model-path"
+    own = local_config(run, {"data-path": "/data", "model-path": "/srv/model"})
+    assert (own.model.path, own.model.local_files_only) == ("/srv/model", True)
+    allowed = local_config(run, {"data-path": "/data", "model-path": "org/model", "allow-model-hub": True})
+    assert (allowed.model.path, allowed.model.local_files_only) == ("org/model", False)
+    assert own.digest() == run.digest() == allowed.digest()
+    assert local_config(run, {"partition-id": 0, "num-partitions": 2}) == run
