@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from client.site import site_folders, site_settings
+from client.site import local_config, site_folders, site_settings
 from giva_core.config import RunConfig
 from giva_core.errors import ConfigError, DataError, public_reason
 

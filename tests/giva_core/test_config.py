@@ -254,9 +254,14 @@ def test_settings_that_do_fit_together(flat: dict[str, Any]) -> None:
 
 # -- digest and copies ------------------------------------------------------------------------------------------------
 
-LOCAL = {"name": "n", "resume": "r", "model.path": "/m", "train.device": "cuda:1", "data.folder": "/d"} | {
-    key: "other.csv" for key in option_types() if key.startswith("data.")
-}
+LOCAL = {
+    "name": "n",
+    "resume": "r",
+    "model.path": "/m",
+    "model.local-files-only": False,
+    "train.device": "cuda:1",
+    "data.folder": "/d",
+} | {key: "other.csv" for key in option_types() if key.startswith("data.")}
 
 
 @pytest.mark.parametrize("key", LOCAL)
