@@ -5,7 +5,8 @@
     python benchmarks/medical.py --full --baselines --seeds 3
     python benchmarks/medical.py --tune                the learning rates, on the validation rows
 
-Every run is kept in the run store and found again by its settings, so an interrupted benchmark goes on where it was.
+Every run is kept in the run store and found again by its settings: an interrupted benchmark goes on where it was. Runs
+see the training and the validation rows; the test rows are looked at once, with the last state of a finished run.
 A seed decides the split of the data, the sites, the sketches, the head and the order of training.
 """
 
@@ -27,8 +28,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from giva_core.config import RunConfig
+from giva_core.config import RunConfig, parse_assignments
+from giva_core.metrics import total_metrics
 from giva_core.paths import giva_home
+from giva_core.types import RoundRecord
 from server.cli.result import bytes_text
 from server.progress import describe
 from server.run_store import RunStore, default_root
@@ -102,7 +105,7 @@ def data_folder(examples: int, seed: int) -> Path:
     return Path(made.folder)
 
 
-def configure(method: str, seed: int, examples: int, settings: dict[str, Any], eval_file: str) -> RunConfig:
+def configure(method: str, seed: int, examples: int, settings: dict[str, Any]) -> RunConfig:
     """The recipe with the method's settings, the tuned ones and those given, on this seed's split."""
     spec = METHODS[method]
     folder = data_folder(examples, seed)
@@ -110,7 +113,7 @@ def configure(method: str, seed: int, examples: int, settings: dict[str, Any], e
     config = RunConfig.from_toml(RECIPE, {**full, **spec.settings, **TUNED[method], **settings})
     flat = {
         "giva.seed": seed,
-        "data.eval-file": eval_file,
+        "data.eval-file": "validation.jsonl",
         "data.folder": str(folder / "sites"),
         "name": f"{method}-{seed}",
     }
@@ -129,32 +132,53 @@ def _pooled_site(folder: Path) -> Path:
 
 
 def outcome(task: Task) -> Outcome:
-    """Run one configuration, or find it in the store."""
+    """Run one configuration, or find it in the store; then evaluate its last state on the rows that count."""
     method, seed, examples, settings, eval_file = task
-    config = configure(method, seed, examples, settings, eval_file)
+    config = configure(method, seed, examples, settings)
     store = RunStore(default_root())
     run_id = _finished(store, config)
     if run_id is None:
-        run_id = simulate(
-            config, store, lambda record: print(f"[{config.name}] {describe(record, config)}", file=sys.stderr)
-        )
+
+        def watch(record: RoundRecord) -> None:
+            print(f"[{config.name}] {describe(record, config)}", file=sys.stderr, flush=True)
+
+        run_id = simulate(config, store, watch)
     records = store.rounds(run_id)
     last = [record for record in records if record.phase == "train"][-1]
     trained = [site for record in records if record.phase == "train" for site in record.sites if site.num_steps]
-    steps = [site.train_seconds / site.num_steps for site in trained]
+    metrics, loss = evaluate(store, run_id, config, eval_file)
+    central = METHODS[method].central
     return Outcome(
         method=method,
         seed=seed,
-        accuracy=last.metrics["accuracy"],
-        macro_f1=last.metrics["macro_f1"],
-        worst_accuracy=None if METHODS[method].central else last.metrics["worst_accuracy"],
-        loss=float(last.eval_loss or 0.0),
-        round_bytes_up=last.bytes_up / len(last.sites),
+        accuracy=metrics["accuracy"],
+        macro_f1=metrics["macro_f1"],
+        worst_accuracy=None if central else metrics["worst_accuracy"],
+        loss=loss,
+        round_bytes_up=min(site.bytes_up for site in last.sites),
         total_bytes=sum(record.bytes_up + record.bytes_down for record in records),
-        step_seconds=statistics.median(steps),
+        step_seconds=statistics.median(site.train_seconds / site.num_steps for site in trained),
         aggregation_error=last.aggregation_error,
         settings=settings,
     )
+
+
+def evaluate(store: RunStore, run_id: str, config: RunConfig, eval_file: str) -> tuple[dict[str, float], float]:
+    """Totals of the run's last state over all sites' rows in `eval_file`, and the mean loss."""
+    from client.site import site_folders, site_settings
+    from client.trainer import get_trainer
+
+    local = config.replace(data__eval_file=eval_file)
+    stored = store.last_state(run_id)
+    if stored is None:
+        raise SystemExit(f"run {run_id} has no state")
+    digest = str(store.run(run_id).facts.get("bases_digest", ""))
+    found = []
+    for index in range(len(site_folders(local.data))):
+        trainer = get_trainer(site_settings(local, {"partition-id": index}), local)
+        found.append(trainer.evaluate(stored.arrays, digest))
+    total = sum(item.num_examples for item in found)
+    return total_metrics(config.task.kind, found), sum(item.loss * item.num_examples for item in found) / total
 
 
 def _finished(store: RunStore, config: RunConfig) -> str | None:
@@ -245,8 +269,6 @@ def main() -> None:
     parser.add_argument("--set", dest="settings", nargs="*", default=[], metavar="KEY=VALUE", help="override settings")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     options = parser.parse_args()
-
-    from giva_core.config import parse_assignments
 
     examples = FULL_EXAMPLES if options.full else DEMO_EXAMPLES
     methods = options.methods or ([*METHODS, "svm"] if options.baselines else ["giva"])

@@ -130,7 +130,7 @@ def pack_sketches(sketches: Mapping[str, QuantisedSketch], names: Sequence[str])
 
 
 def unpack_sketches(payload: Payload, shapes: Mapping[str, tuple[int, int]]) -> dict[str, QuantisedSketch]:
-    """The inverse of `pack_sketches`.
+    """The inverse of `pack_sketches`; the codes are views of the payload's array.
 
     Raises:
         ProtocolError: Lengths or types do not fit `shapes`.
@@ -154,7 +154,7 @@ def unpack_sketches(payload: Payload, shapes: Mapping[str, tuple[int, int]]) -> 
     found, start, column = {}, 0, 0
     for name, (n, q) in shapes.items():
         found[name] = QuantisedSketch(
-            codes[start : start + n * q].reshape(n, q).copy(), exponents[column : column + q].astype(np.int32)
+            codes[start : start + n * q].reshape(n, q), exponents[column : column + q].astype(np.int32)
         )
         start, column = start + n * q, column + q
     return found

@@ -41,7 +41,7 @@ class LocalGrid(Grid):
             for node_id, config in node_configs.items()
         }
         self._run = Run.create_empty(_RUN_ID)
-        self._waiting: dict[str, bytes] = {}
+        self._waiting: dict[str, Message] = {}
 
     @property
     def run(self) -> Run:
@@ -63,21 +63,22 @@ class LocalGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Serialise the messages and keep them until their replies are pulled."""
-        ids = []
-        for message in messages:
-            proto = message_to_proto(message)
-            proto.metadata.message_id = secrets.token_hex(16)
-            self._waiting[proto.metadata.message_id] = proto.SerializeToString()
-            ids.append(proto.metadata.message_id)
-        return ids
+        """Keep the messages until their replies are pulled.
+
+        They are serialised only then: questions to a hundred sites share one content, their bytes would not.
+        """
+        waiting = {secrets.token_hex(16): message for message in messages}
+        self._waiting.update(waiting)
+        return list(waiting)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Let the nodes answer, one after the other, as each reply is asked for."""
         for message_id in message_ids:
-            wire = self._waiting.pop(message_id, None)
-            if wire is not None:
-                yield self._answer(wire)
+            message = self._waiting.pop(message_id, None)
+            if message is not None:
+                proto = message_to_proto(message)
+                proto.metadata.message_id = message_id
+                yield self._answer(proto.SerializeToString())
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push and pull in one call."""
