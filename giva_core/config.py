@@ -104,7 +104,7 @@ class GivaConfig(Section):
     )
     init: str = option("rand", "how B is made", choices=INITS)
     seed: int = option(0, "the shared seed of sketches, bases, heads and data order", minimum=0, maximum=2**63 - 1)
-    oversampling: int = option(8, "sketch columns beyond the rank", minimum=0)
+    oversampling: int = option(8, "sketch columns beyond the rank", minimum=0, maximum=64)
     power_passes: int = option(
         1, "power iterations of the sketch; each costs two more passes over the calibration batches", minimum=0
     )
@@ -174,6 +174,8 @@ class RoundsConfig(Section):
     quorum: int = option(1, "valid updates a round needs to count", minimum=1)
     deadline_seconds: float = option(3600.0, "seconds a site has to answer", above=0.0)
     join_seconds: float = option(600.0, "seconds to wait for min_sites to connect", above=0.0)
+    hello_seconds: float = option(600.0, "seconds a site has to introduce itself; it loads its model then", above=0.0)
+    max_site_examples: int = option(10_000_000, "most training examples that a site may claim", minimum=1)
     retries: int = option(1, "times a round without quorum is tried again", minimum=0)
     max_update_norm: float = option(0.0, "largest norm of an update's change; 0 switches the check off", minimum=0.0)
 
