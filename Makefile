@@ -17,7 +17,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo demo test test-slow lint types imports format benchmark clean
+.PHONY: help setup setup-demo demo demo-baselines demo-full test test-slow lint types imports format benchmark clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,7 +44,14 @@ setup-demo: $(if $(wildcard $(VENV)/.installed-dev),$(VENV)/.installed-dev,$(VEN
 
 demo: setup-demo ## a federation of hospitals on this machine, with a real model and real data
 	$(BIN)/giva data prepare medical
-	$(BIN)/giva simulate recipes/medical-demo.toml
+	$(BIN)/giva simulate recipes/medical.toml
+	$(BIN)/giva metrics plot last --output medical.png
+
+demo-baselines: setup-demo ## the same beside central GiVA, FedAvg-LoRA, the frozen encoder and TF-IDF + SVM
+	$(BIN)/python benchmarks/medical.py --baselines
+
+demo-full: setup-demo ## all training questions, all baselines, three seeds; hours on two cores, goes on where it was
+	$(BIN)/python benchmarks/medical.py --full --baselines --seeds 3
 
 benchmark: ## list the benchmarks; each is one command
 	@for file in benchmarks/[a-z]*.py; do \

@@ -40,7 +40,7 @@ from server.simulate import simulate
 #: Method, seed, training examples, settings, file of the evaluation rows.
 Task = tuple[str, int, int, dict[str, Any], str]
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "medical-demo.toml"
+RECIPE = Path(__file__).parent.parent / "recipes" / "medical.toml"
 DEMO_EXAMPLES, FULL_EXAMPLES = 1500, 0  # 0: all of them
 FULL_SETTINGS = {"train.local-epochs": 0.5, "rounds.evaluate-every": 100}
 

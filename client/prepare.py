@@ -55,7 +55,7 @@ SENTIMENT = Archive(
 #: What the pinned archives hold after cleaning; another count means that a rule was changed.
 EXPECTED = {"medical": 9587, "sentiment": 21263}
 #: Training examples taken by default: in all for `medical`, from each site for `sentiment`.
-TRAIN_EXAMPLES = {"medical": 3000, "sentiment": 1000}
+TRAIN_EXAMPLES = {"medical": 1500, "sentiment": 1000}
 #: Share of the test examples; another tenth is for validation and the rest for training.
 TEST_SHARE = {"medical": 0.2, "sentiment": 0.1}
 VALIDATION_SHARE = 0.1
@@ -206,6 +206,11 @@ class _Plan:
         parts = [self.dataset, self.partition, f"{self.num_sites}sites"]
         parts += [] if self.alpha is None else [f"a{self.alpha:g}"]
         return "-".join([*parts, f"n{self.train_examples or 'all'}", f"s{self.seed}"])
+
+
+def planned_folder(dataset: str, home: Path) -> Path:
+    """Where `prepare` puts a dataset when it is asked for nothing but its name."""
+    return home / "data" / _plan(dataset, None, None, None, None, 0).folder_name
 
 
 def _plan(
