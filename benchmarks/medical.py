@@ -42,7 +42,24 @@ Task = tuple[str, int, int, dict[str, Any], str]
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "medical.toml"
 DEMO_EXAMPLES, FULL_EXAMPLES = 1500, 0  # 0: all of them
-FULL_SETTINGS = {"train.local-epochs": 0.5, "rounds.evaluate-every": 100}
+FULL_SETTINGS = {
+    "rounds.head-rounds": 10,
+    "rounds.num-rounds": 8,
+    "train.local-epochs": 0.25,
+    "rounds.evaluate-every": 100,
+}
+
+
+#: Settings that say how long to wait and for whom; they do not change what a run comes to.
+_WAITING = {
+    "rounds.min-sites",
+    "rounds.quorum",
+    "rounds.deadline-seconds",
+    "rounds.join-seconds",
+    "rounds.hello-seconds",
+    "rounds.max-site-examples",
+    "rounds.retries",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,7 @@ METHODS = {
     "lora": Method("FedAvg-LoRA r=8", {"method": "lora"}, grid={"train.learning-rate": (1e-3, 2e-3)}),
     "head": Method(
         "frozen encoder, federated head",
-        {"method": "head", "rounds.head-rounds": 0, "rounds.num-rounds": 10, "train.local-epochs": 1.0},
+        {"method": "head", "rounds.head-rounds": 0, "rounds.num-rounds": 20, "train.local-epochs": 1.0},
         grid={"train.head-learning-rate": (5e-3, 1e-2, 2e-2), "train.head-epsilon": (1e-8, 1e-2)},
     ),
 }
@@ -118,7 +135,7 @@ def configure(method: str, seed: int, examples: int, settings: dict[str, Any]) -
         "name": f"{method}-{seed}",
     }
     if spec.central:
-        flat.update({"rounds.min-sites": 1, "data.folder": str(_pooled_site(folder))})
+        flat.update({"rounds.min-sites": 1, "rounds.quorum": 1, "data.folder": str(_pooled_site(folder))})
     return RunConfig.from_flat({**config.to_flat(), **flat})
 
 
@@ -182,9 +199,10 @@ def evaluate(store: RunStore, run_id: str, config: RunConfig, eval_file: str) ->
 
 
 def _finished(store: RunStore, config: RunConfig) -> str | None:
-    wanted = config.to_flat()
+    defaults, wanted = RunConfig().to_flat(), config.to_flat()
     for run in store.runs():
-        if run.status == "completed" and run.settings == wanted:
+        settings = {**defaults, **run.settings}  # a run of an earlier version lacks the settings that came later
+        if run.status == "completed" and all(settings[key] == wanted[key] for key in wanted if key not in _WAITING):
             return run.run_id
     return None
 

@@ -11,9 +11,11 @@ from .result import Bytes
 if TYPE_CHECKING:
     from server.run_store import RunStore
 
+_SHOWN = 5
+
 
 def finished_report(store: RunStore, run_id: str) -> Report:
-    """The report of a run that has come to its end."""
+    """The report of a run that has come to its end; exit code 3 where a site did not count in some phase."""
     from giva_core.metrics import main_metric
 
     summary = store.run(run_id)
@@ -42,10 +44,19 @@ def finished_report(store: RunStore, run_id: str) -> Report:
         "facts": dict(summary.facts),
         "metrics": dict(records[-1].metrics) if records else {},
         "rounds_done": len(records),
+        "troubles": troubles,
     }
+    troubles = [
+        f"{site.site}: {site.status} in {record.phase} {record.round}: {site.reason}"
+        for record in store.rounds(run_id)
+        for site in record.sites
+        if site.status != "ok"
+    ]
     notes = (
+        *troubles[:_SHOWN],
+        *([f"and {len(troubles) - _SHOWN} more; see giva round show"] if len(troubles) > _SHOWN else []),
         f"run {run_id}: {summary.status}",
         f"adapter: {adapter}",
         f"next: giva run show {run_id}, giva metrics plot {run_id}",
     )
-    return Report("run-finished", data, (Table("rounds", columns, rows),), notes)
+    return Report("run-finished", data, (Table("rounds", columns, rows),), notes, exit_code=3 if troubles else 0)
