@@ -1,20 +1,26 @@
 """The Flower ClientApp: message in, message out. All work is done by a `Trainer`.
 
-A handler never raises: what went wrong is logged here, at the site, and the server is told no more than the kind of the
-error and, where there is one, a sentence without content.
+A handler never raises. The log and the server are told no more than the kind of the error and, where there is one, a
+sentence without content. The whole error, which may name files and quote rows, is shown on the site's own stderr, and
+only where its operator sets `GIVA_DEBUG=1`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import sys
+import traceback
 from collections.abc import Callable
+from typing import cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from giva_core import calibration, protocol
 from giva_core.config import RunConfig
-from giva_core.errors import GivaError, public_reason
+from giva_core.errors import public_reason
 from giva_core.protocol import Payload
 
 from . import backbone, trainer
@@ -46,13 +52,15 @@ def answer(message: Message, context: Context, handler: Handler) -> Message:
     """Let `handler` answer; a failure becomes an error reply without content."""
     try:
         config = RunConfig.from_flat(context.run_config)
-        own = local_config(config, context.node_config)
-        site = trainer.get_trainer(site_settings(config, context.node_config), own)
+        settings = site_settings(config, context.node_config)
+        site = trainer.get_trainer(settings, local_config(config, context.node_config))
         return Message(to_content(handler(from_content(message.content), site)), reply_to=message)
     except Exception as error:  # whatever it is, it must not reach the network with its text
-        what = error if isinstance(error, GivaError) else type(error).__name__  # another's text may quote a row
-        log.error("%s failed: %s", message.metadata.message_type, what, exc_info=log.isEnabledFor(logging.DEBUG))
-        return Message(Error(SITE_ERROR, public_reason(error)), reply_to=message)
+        reason = public_reason(error)
+        log.error("%s failed: %s", message.metadata.message_type, reason)
+        if os.environ.get("GIVA_DEBUG") == "1":
+            traceback.print_exception(error, file=sys.stderr)
+        return Message(Error(SITE_ERROR, reason), reply_to=message)
 
 
 @app.query("hello")
@@ -70,7 +78,12 @@ def state(message: Message, context: Context) -> Message:
 @app.train("calibrate")
 def calibrate(message: Message, context: Context) -> Message:
     """Sketch the calibration gradient."""
-    return answer(message, context, _calibrate)
+
+    def handler(request: Payload, site: Trainer) -> Payload:
+        _count_question(request, site, context)
+        return _calibrate(request, site)
+
+    return answer(message, context, handler)
 
 
 @app.train("bases")
@@ -111,6 +124,21 @@ def finish(message: Message, context: Context) -> Message:
 def _state(request: Payload, site: Trainer) -> Payload:
     arrays = site.initial_state()
     return Payload({"state": protocol.pack(arrays, list(arrays))})
+
+
+def _count_question(request: Payload, site: Trainer, context: Context) -> None:
+    """Let the site's policy count the calibration questions of this run; one that comes again is the same question."""
+    if site.policy is None:
+        return
+    stage = calibration.STAGES[request.text("stage")].name
+    digest = hashlib.sha256(request.text("previous").encode())
+    for name, array in sorted(request.arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    asked = context.state.config_records.get("calibration", ConfigRecord())
+    questions = sorted({*cast(list[str], asked.get(stage, [])), digest.hexdigest()})
+    site.policy.check_question(stage, len(questions), site.config.giva)
+    asked[stage] = questions
+    context.state["calibration"] = asked
 
 
 def _calibrate(request: Payload, site: Trainer) -> Payload:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,10 @@ from giva_core.peft_lora import inject_lora
 from giva_core.types import Arrays, BasesSet, ModelSchema
 
 from .training import pick_device
+
+#: Bases folders that stay on disk; a site that lost its bases builds them again from the server's sketch.
+_KEPT_FOLDERS = 8
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 _loaded: OrderedDict[str, Backbone] = OrderedDict()
 
@@ -69,6 +76,7 @@ class Backbone:
             made = bases_module.build_bases(schema.layers, schema.ranks, sketches, giva, coordinates)
             self._remember(made)
             checkpoint.save_bases(_cache_folder(made.digest), made)
+            _prune_cache()
             return made
 
         return self._once("bases", [sketches, coordinates or {}], make)
@@ -102,7 +110,7 @@ class Backbone:
         """Put the bases with this digest into the model; an empty digest takes the adapter out.
 
         Raises:
-            BasesError: This site never built them.
+            BasesError: This site never built them, or that is no digest.
         """
         if digest == self.bases_digest:
             return
@@ -163,12 +171,33 @@ def drop_backbones() -> None:
 
 
 def _cache_folder(digest: str) -> Path:
+    """The folder of these bases. The digest may be the server's word, and becomes a folder's name only as what it is.
+
+    Raises:
+        BasesError: It is no SHA-256 in hexadecimal digits.
+    """
+    if not _DIGEST.fullmatch(digest):
+        raise BasesError(
+            "that is no digest of bases", got=repr(digest[:80]), expected="64 hexadecimal digits", public="not a digest"
+        )
     return giva_home() / "cache" / "bases" / digest
 
 
+def _prune_cache() -> None:
+    """Keep the newest folders; another process may do the same at the same time."""
+    found = []
+    for folder in (giva_home() / "cache" / "bases").iterdir():
+        with suppress(FileNotFoundError):
+            if _DIGEST.fullmatch(folder.name):
+                found.append((folder.stat().st_mtime_ns, folder))
+    for _, folder in sorted(found)[:-_KEPT_FOLDERS]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _load_cached(digest: str) -> BasesSet:
+    folder = _cache_folder(digest)
     try:
-        found = checkpoint.load_bases(_cache_folder(digest))
+        found = checkpoint.load_bases(folder)
     except (GivaError, OSError) as error:
         raise BasesError(
             f"this site does not hold the bases {digest[:12]}…",

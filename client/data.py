@@ -1,7 +1,8 @@
 """The only reader of private data: rows of a JSON Lines, CSV or Parquet file as texts and labels.
 
 Nothing here copies a text or a label into an error. What is wrong with a row is told by its line number and its kind,
-so that the message may be read aloud and its public form may leave the site.
+so that the message may be read aloud. Its public form, which may leave the site, tells the kinds alone: a server that
+chose the labels and were told lines or counts could ask for one row after the other.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ def _require_columns(path: Path, needed: list[str], found: Mapping[str, None]) -
             f"{path} has no column {names}",
             got=f"the columns {', '.join(map(repr, list(found)[:SHOWN_COLUMNS]))}",
             remedy="rename the column, or set data.text-column, data.text-pair-column and data.label-column",
-            public=f"the data file has no column {names}",
+            public="the data file lacks a column",
         )
 
 
@@ -255,7 +256,7 @@ def _require_distinct(path: Path, needed: list[str], header: list[str]) -> None:
                 f"{path} has the column '{column}' {header.count(column)} times",
                 expected="once",
                 remedy="rename the others",
-                public=f"the data file has the column '{column}' more than once",
+                public="the data file has a column more than once",
             )
 
 
@@ -374,7 +375,7 @@ class _Faults:
             expected="in every row a text and a label that the run's configuration agrees on",
             cause=self._cause(),
             remedy="correct or remove these rows",
-            public=f"unusable rows in the data file: {summary}",
+            public=f"unusable rows ({', '.join(sorted(self._counts))})",
         )
 
     def _cause(self) -> str | None:

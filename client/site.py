@@ -1,11 +1,13 @@
 """What a site knows by itself: its name, where its data lies, its device. The server's word on these does not count.
 
-The node's own configuration comes first (`flower-supernode --node-config 'site="a" data-path="/data"'`), then, but
-only in simulation, `data.folder` with a sub-folder for each site.
+A deployed node says them in its own configuration (`flower-supernode --node-config 'site="a" data-path="/data"'`) and
+guards itself by a `Policy`. A simulated one, on a machine that says `GIVA_SIMULATION=1`, takes its sub-folder of
+`data.folder`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +17,9 @@ from giva_core.config import DataConfig, RunConfig
 from giva_core.errors import ConfigError, DataError
 from giva_core.paths import expand
 from giva_core.protocol import SITE_NAME
+from giva_core.sites import site_folders
+
+from .policy import Policy
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,14 @@ class SiteSettings:
         folder: Where its data files lie.
         data: File names and columns.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        policy: What a server may ask; None where no other machine asks: in a simulation, and without a federation.
     """
 
     name: str
     folder: Path
     data: DataConfig
     device: str
+    policy: Policy | None = None
 
     @property
     def train_path(self) -> Path:
@@ -44,66 +51,36 @@ class SiteSettings:
         return self.folder / self.data.eval_file if self.data.eval_file else None
 
 
-def site_folders(data: DataConfig) -> list[Path]:
-    """The sub-folders of `data.folder`, one for each simulated site, sorted by name."""
-    root = expand(data.folder)
-    folders = sorted(path for path in root.iterdir() if path.is_dir()) if data.folder and root.is_dir() else []
-    if not folders:
-        raise DataError(
-            "there are no sites to simulate",
-            got=f"data.folder = '{data.folder}'",
-            expected="a folder with one sub-folder for each site",
-            cause="the data is not prepared yet, or lies elsewhere",
-            remedy="run `giva data prepare`, or correct data.folder",
-            public="data.folder has no sites",
-        )
-    return folders
-
-
 def site_settings(config: RunConfig, node_config: Mapping[str, Any]) -> SiteSettings:
     """The settings of this site.
 
     Args:
-        config: The run's configuration; only its `data` and `train.device` are read, as defaults.
-        node_config: The node's own: `site`, `data-path`, `device` and any key of `data` (`text-column`, ...); Flower's
-            simulation sets `partition-id`.
+        config: The run's configuration. A deployed node reads `train.device` of it, as the default, and nothing else;
+            a simulated one reads `data` as well.
+        node_config: The node's own: `site`, `data-path`, `device`, any key of `data` (`text-column`, ...) and of
+            `Policy`; Flower's simulation sets `partition-id`.
 
     Raises:
-        ConfigError: The node names neither a data path nor a partition, its name has other characters, or the run
-            names a file outside the site's folder.
+        ConfigError: The node does not say its name or where its data lies, or one of its settings is not usable.
         DataError: There is no such partition.
     """
-    own = {key.replace("-", "_"): value for key, value in node_config.items()}
+    own = _underscored(node_config)
+    device = str(own.get("device", config.train.device))
     columns = {key: str(own[key]) for key in vars(config.data) if key in own and key != "folder"}
-    data = replace(config.data, **columns)
-    for key in {"train_file", "eval_file"} - set(columns):
-        _check_inside(key, getattr(data, key))
-    if "data_path" in own:
-        folder = Path(str(own["data_path"])).expanduser()
-    elif "partition_id" in own:
-        folders = site_folders(config.data)
-        index = int(own["partition_id"])
-        if index >= len(folders):
-            raise DataError(
-                "there is no data for this partition",
-                got=f"partition-id {index}",
-                expected=f"0 to {len(folders) - 1}",
-                cause="more simulated nodes than site folders",
-                remedy="start as many nodes as there are folders",
-                public=f"no data for partition {index}",
+    if _is_simulated(own):
+        folder = _partition(config.data, int(own["partition_id"]))
+        return SiteSettings(_site_name(own.get("site", folder.name)), folder, replace(config.data, **columns), device)
+    for key in ("data_path", "site"):
+        if key not in own:
+            raise ConfigError(
+                f"this node does not say {'where its data lies' if key == 'data_path' else 'what its site is called'}",
+                expected=f"{key.replace('_', '-')} in the node's configuration",
+                remedy='start it with --node-config \'site="NAME" data-path="/absolute/folder" ...\'; '
+                "to simulate all sites on this machine, set GIVA_SIMULATION=1 in its environment",
+                public=f"the node's configuration has no {key.replace('_', '-')}",
             )
-        folder = folders[index]
-    else:
-        raise ConfigError(
-            "this node does not say where its data lies",
-            expected="data-path in the node's configuration",
-            remedy='start it with --node-config \'site="NAME" data-path="/absolute/folder"\'',
-            public="the node's configuration has no data-path",
-        )
-    name = str(own.get("site", folder.name))
-    if not SITE_NAME.fullmatch(name):
-        raise ConfigError("a site's name has other characters than letters, digits, '.', '_' and '-'", got=repr(name))
-    return SiteSettings(name, folder, data, str(own.get("device", config.train.device)))
+    policy = Policy.from_node_config(node_config)
+    return SiteSettings(_site_name(own["site"]), expand(str(own["data_path"])), DataConfig(**columns), device, policy)
 
 
 def local_config(config: RunConfig, node_config: Mapping[str, Any]) -> RunConfig:
@@ -116,9 +93,9 @@ def local_config(config: RunConfig, node_config: Mapping[str, Any]) -> RunConfig
     Raises:
         ConfigError: A deployed node does not say where its model lies.
     """
-    own = {key.replace("-", "_"): value for key, value in node_config.items()}
-    if "partition_id" in own and "data_path" not in own:
-        return config  # a simulation: server and sites are one machine
+    own = _underscored(node_config)
+    if _is_simulated(own):
+        return config
     if "model_path" not in own:
         raise ConfigError(
             "this node does not say where its model lies",
@@ -131,14 +108,32 @@ def local_config(config: RunConfig, node_config: Mapping[str, Any]) -> RunConfig
     return replace(config, model=replace(config.model, path=str(own["model_path"]), local_files_only=is_offline))
 
 
-def _check_inside(key: str, name: str) -> None:
-    """The run may say what a file is called, not where on this machine it lies."""
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ConfigError(
-            f"the run's data.{key.replace('_', '-')} leads out of the site's folder",
-            got=repr(name),
-            expected="a name inside it",
-            remedy="let the site itself name such a file in its node configuration",
-            public=f"data.{key.replace('_', '-')} leads out of the site's folder",
+def _underscored(node_config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.replace("-", "_"): value for key, value in node_config.items()}
+
+
+def _is_simulated(own: Mapping[str, Any]) -> bool:
+    """Whether server and sites are one machine. Its environment has to say so: a partition alone proves nothing."""
+    return "partition_id" in own and "data_path" not in own and os.environ.get("GIVA_SIMULATION") == "1"
+
+
+def _partition(data: DataConfig, index: int) -> Path:
+    folders = site_folders(data)
+    if index >= len(folders):
+        raise DataError(
+            "there is no data for this partition",
+            got=f"partition-id {index}",
+            expected=f"0 to {len(folders) - 1}",
+            cause="more simulated nodes than site folders",
+            remedy="start as many nodes as there are folders",
+            public=f"no data for partition {index}",
         )
+    return folders[index]
+
+
+def _site_name(name: Any) -> str:
+    if not SITE_NAME.fullmatch(str(name)):
+        raise ConfigError(
+            "a site's name has other characters than letters, digits, '.', '_' and '-'", got=repr(str(name))
+        )
+    return str(name)

@@ -29,11 +29,12 @@ from giva_core.types import Arrays, ClientUpdate, ModelSchema, SiteEvaluation
 from .backbone import get_backbone
 from .data import Examples, read_rows
 from .frozen import FrozenHead, can_freeze, head_inputs
+from .policy import Policy
 from .site import SiteSettings
-from .training import EncodedData, Task, batches, collate, predict, train_round
+from .training import EncodedData, Task, batches, collate, examples_in_round, predict, train_round
 
 _SESSIONS = 256  # simulated sites whose tokenised rows stay in memory
-_sessions: OrderedDict[tuple[str, str, str], LocalTrainer] = OrderedDict()
+_sessions: OrderedDict[tuple[SiteSettings, str], LocalTrainer] = OrderedDict()
 
 
 def library_versions() -> str:
@@ -49,6 +50,10 @@ class Trainer(Protocol):
     @property
     def config(self) -> RunConfig:
         """The run's configuration."""
+
+    @property
+    def policy(self) -> Policy | None:
+        """What the server may ask; None where server and site are one machine."""
 
     @property
     def schema(self) -> ModelSchema:
@@ -79,19 +84,36 @@ class LocalTrainer:
     Args:
         site: The site.
         config: The run's configuration.
+
+    Raises:
+        GivaError: The site's policy does not allow the run, or its model or its rows cannot be used.
     """
 
     def __init__(self, site: SiteSettings, config: RunConfig) -> None:
         self.site, self._config = site, config
+        if site.policy:
+            site.policy.check_run(config)
         self.backbone = get_backbone(config, site.device)
+        if site.policy:
+            site.policy.check_sketches(self.backbone.schema, config.giva)
         self._train = self._encode(read_rows(site.train_path, config.task, site.data))
+        if site.policy:
+            used = examples_in_round(len(self._train), config.train)
+            site.policy.check_rows(len(self._train), self._calibration_examples, used)
         self._head_inputs: dict[str, EncodedData] = {}
         self._eval = self._encode(read_rows(site.eval_path, config.task, site.data)) if site.eval_path else None
+        if site.policy and self._eval and len(self._eval) < site.policy.min_eval_examples:
+            self._eval = None
 
     @property
     def config(self) -> RunConfig:
         """The run's configuration."""
         return self._config
+
+    @property
+    def policy(self) -> Policy | None:
+        """What the server may ask; None where server and site are one machine."""
+        return self.site.policy
 
     def _encode(self, examples: Examples) -> EncodedData:
         task = self.backbone.task
@@ -150,11 +172,15 @@ class LocalTrainer:
     def calibration_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """The first batches of a shuffle that depends on the seed alone: every pass sees the same examples."""
         giva = self.config.giva
-        wanted = min(len(self._train), giva.calibration_batches * giva.calibration_batch_size)
-        chosen = np.random.default_rng([giva.seed, 0]).permutation(len(self._train))[:wanted]
+        chosen = np.random.default_rng([giva.seed, 0]).permutation(len(self._train))[: self._calibration_examples]
         subset = self._train.take(chosen)
         for indices in batches(subset, giva.calibration_batch_size, (giva.seed, 0)):
             yield collate(self.backbone.task, subset, indices, self.backbone.device)
+
+    @property
+    def _calibration_examples(self) -> int:
+        giva = self.config.giva
+        return min(len(self._train), giva.calibration_batches * giva.calibration_batch_size)
 
     def build_bases(self, sketches: Sketches, coordinates: Sketches | None) -> str:
         """Build the bases from the federation's sketch, keep them, and return their digest."""
@@ -178,6 +204,7 @@ class LocalTrainer:
             seed=self.config.giva.seed,
             proximal_mu=request.proximal_mu,
             is_head_round=request.is_head_round,
+            dropout=not self._is_head_alone(request.bases_digest, request.train_names),
             label=f"{self.site.name} round {request.server_round}",
         )
         return ClientUpdate(
@@ -194,8 +221,7 @@ class LocalTrainer:
     ) -> tuple[Task, EncodedData]:
         """The model and the rows; or, where no adapter is at work, the head and its kept inputs."""
         backbone = self.backbone
-        adapter = backbone.schema.adapter
-        is_head_alone = not bases_digest and (not any(name in adapter for name in trained) if trained else not adapter)
+        is_head_alone = self._is_head_alone(bases_digest, trained)
         if not is_head_alone or not can_freeze(backbone.task, backbone.trained_modules, len(data)):
             self._head_inputs.clear()
             return backbone.task, data
@@ -203,8 +229,13 @@ class LocalTrainer:
             self._head_inputs[split] = head_inputs(backbone.task, data, self.config.train)
         return FrozenHead(backbone.task), self._head_inputs[split]
 
+    def _is_head_alone(self, bases_digest: str, trained: Sequence[str] = ()) -> bool:
+        """Whether no adapter is at work. The frozen model then computes without dropout, kept inputs or not."""
+        adapter = self.backbone.schema.adapter
+        return not bases_digest and (not any(name in adapter for name in trained) if trained else not adapter)
+
     def evaluate(self, arrays: Arrays, bases_digest: str) -> SiteEvaluation:
-        """Evaluate the global arrays; the counts leave only where the run shares them."""
+        """Evaluate the global arrays; the counts leave only where the run shares them and the site allows it."""
         if self._eval is None:
             raise DataError("this site has no evaluation rows", public="no evaluation rows")
         self.backbone.use(bases_digest)
@@ -212,13 +243,14 @@ class LocalTrainer:
         task, data = self._task_for("eval", self._eval, bases_digest)
         outputs, loss = predict(task, data, self.config.train)
         values, counts = metrics.site_metrics(self.config.task.kind, outputs, self._eval.labels)
-        return SiteEvaluation(len(self._eval), loss, values, counts if self.config.task.share_counts else {})
+        is_shared = self.config.task.share_counts and (self.policy is None or self.policy.allow_share_counts)
+        return SiteEvaluation(len(self._eval), loss, values, counts if is_shared else {})
 
 
 def get_trainer(site: SiteSettings, config: RunConfig) -> LocalTrainer:
     """The site's trainer in this process; its rows are read and tokenised at the first call."""
-    key = (site.name, str(site.folder), config.to_json())
-    if _sessions and next(iter(_sessions))[2] != key[2]:
+    key = (site, config.to_json())
+    if _sessions and next(iter(_sessions))[1] != key[1]:
         _sessions.clear()  # another run: its rows, and the model they hold on to, have had their time
     if key not in _sessions:
         _sessions[key] = LocalTrainer(site, config)

@@ -125,6 +125,7 @@ def train_round(
     seed: int,
     proximal_mu: float = 0.0,
     is_head_round: bool = False,
+    dropout: bool = True,
     label: str = "training",
 ) -> LocalResult:
     """Train for `config.local_epochs` with a fresh AdamW.
@@ -140,6 +141,7 @@ def train_round(
         seed: The run's seed; batches and dropout follow from it and the round alone.
         proximal_mu: FedProx's mu: adds `mu (w - w_global)` to the gradient.
         is_head_round: Whether this is a head round, which has a learning rate of its own.
+        dropout: Whether the model computes as in training, with its dropout.
         label: What the progress bar is called; it shows on terminals only.
 
     Raises:
@@ -159,12 +161,9 @@ def train_round(
         weight_decay=config.weight_decay,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
-    steps_per_epoch = math.ceil(math.ceil(len(data) / config.batch_size) / config.accumulation_steps)
-    total_steps = math.ceil(config.local_epochs * steps_per_epoch)
-    if config.max_local_steps:
-        total_steps = min(total_steps, config.max_local_steps)
+    total_steps = steps_in_round(len(data), config, is_head_round)
 
-    task.model.train()
+    task.model.train(dropout)
     losses: list[float] = []
     step = 0
     windows = itertools.islice(_windows(data, config, seed, server_round), total_steps)
@@ -193,6 +192,26 @@ def train_round(
         losses.append(window_loss)
         step += 1
     return LocalResult(step, math.fsum(losses) / max(1, len(losses)))
+
+
+def steps_in_round(num_examples: int, config: TrainConfig, is_head_round: bool = False) -> int:
+    """Optimizer steps of one round."""
+    epochs = config.warm_head_epochs if is_head_round else config.local_epochs
+    steps = math.ceil(epochs * _steps_in_epoch(num_examples, config))
+    return min(steps, config.max_local_steps) if config.max_local_steps else steps
+
+
+def examples_in_round(num_examples: int, config: TrainConfig) -> int:
+    """Different examples that one round uses at least: all of them, unless the round ends within its first epoch."""
+    steps = min(steps_in_round(num_examples, config, is_head_round) for is_head_round in (False, True))
+    if steps >= _steps_in_epoch(num_examples, config):
+        return num_examples
+    shortest = num_examples - (math.ceil(num_examples / config.batch_size) - 1) * config.batch_size
+    return (steps * config.accumulation_steps - 1) * config.batch_size + shortest
+
+
+def _steps_in_epoch(num_examples: int, config: TrainConfig) -> int:
+    return math.ceil(math.ceil(num_examples / config.batch_size) / config.accumulation_steps)
 
 
 def predict(task: Task, data: EncodedData, config: TrainConfig) -> tuple[np.ndarray, float]:
@@ -227,8 +246,8 @@ def collate(task: Task, data: EncodedData, indices: Sequence[int], device: torch
 
 
 def _windows(data: EncodedData, config: TrainConfig, seed: int, server_round: int) -> Iterator[list[list[int]]]:
-    """The batches of each optimizer step."""
-    for epoch in range(math.ceil(config.local_epochs)):
+    """The batches of each optimizer step, epoch after epoch."""
+    for epoch in itertools.count():
         epoch_batches = batches(data, config.batch_size, (seed, server_round, epoch))
         for start in range(0, len(epoch_batches), config.accumulation_steps):
             yield epoch_batches[start : start + config.accumulation_steps]

@@ -49,7 +49,7 @@ class AdapterMetadata:
         config: The run's settings; `model.path` is the base model's name, `data.*` and the device are defaults.
         schema: The adapted layers, their ranks, and the shapes of everything else that was trained.
         bases_digest: Digest of the bases; empty for methods without.
-        model_digest: SHA-256 of the base model's frozen weights; empty where unknown.
+        model_digest: SHA-256 of the base model below the head; empty where unknown.
         head_modules: Names of the modules that make up the head.
         versions: Version by library, of the machine that wrote the adapter.
     """
@@ -110,7 +110,7 @@ def save_adapter(
         arrays: The trained arrays by name.
         config: The run's settings.
         residual: `<layer>.residual` by name, in mode `exact`.
-        model_digest: SHA-256 of the base model's frozen weights.
+        model_digest: SHA-256 of the base model below the head.
         head_modules: Names of the modules that make up the head.
 
     Raises:

@@ -122,7 +122,7 @@ def _model_card(adapter: Adapter, base_digest: str) -> str:
     config, known = adapter.metadata.config, adapter.metadata
     base = config.model.path
     facts = [
-        ("Base model", f"{base} (SHA-256 of the frozen weights {base_digest})"),
+        ("Base model", f"{base} (SHA-256 of the model below the head {base_digest})"),
         ("Task", f"{config.task.kind}, {max(1, len(config.task.labels))} outputs, head `{config.task.head}`"),
         ("Method", _method(config, len(known.schema.layers))),
         ("Texts cut after", f"{config.task.max_length} tokens"),

@@ -5,9 +5,10 @@ were made for it (Reimers & Gurevych, arXiv:1908.10084): with `h_t` the last hid
 
     z = s · u / ‖u‖₂,   u = (1/T) Σ_t h_t,   s = 10,     logits = W z + b
 
-starting from `W = 0, b = 0`, so that training begins as a logistic regression on the frozen sentence vector. Head
-parameters that the checkpoint does not bring are drawn from the shared seed by integer arithmetic: every site starts
-with the same head, on every machine.
+so that training the head alone is a logistic regression on the frozen sentence vector. What a head has and the
+checkpoint does not bring starts at `uniform(-1, 1) / sqrt(fan_in)`, biases at zero, drawn from the shared seed by
+integer arithmetic: every site starts with the same head, on every machine. `W = 0` would not do, since no gradient
+reached the backbone through it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import json
 import math
 import re
 import sys
@@ -38,12 +40,23 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from . import exact
 from .config import RunConfig
 from .errors import ConfigError
+from .paths import expand
 
 PAD_MULTIPLE = 8
 PROBLEM_TYPES = {
     "classification": "single_label_classification",
     "multilabel": "multi_label_classification",
     "regression": "regression",
+}
+
+#: A text in which tokenizers differ: case, accents, digits, punctuation, other scripts, white space.
+_PROBE = "The Quick brown fox's 1,234 naïve cafés; ÄÖÜß Ünïcode, Привет 漢字 ①½\t don't-stop  e.g. x² A b C."
+_SPECIAL_TOKENS = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
+
+#: Settings that say nothing about the frozen model: where it came from, its type (the weights show it), its task.
+_NO_SETTINGS = {
+    *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "num_labels", "id2label"),
+    *("label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict", "use_cache"),
 }
 
 Encoded = dict[str, list[int]]
@@ -198,9 +211,11 @@ class TaskModel:
         return losses.mean() if reduction == "mean" else losses.sum()
 
     def weights_digest(self) -> str:
-        """SHA-256 (hex) over names, types, shapes and bytes of the backbone, head excluded.
+        """SHA-256 (hex) of the model below the head: weights, tokenizer and what else decides its outputs.
 
-        Counted at the first call, which must come before anything is merged into the weights.
+        Names, types, shapes and bytes of the weights; the vocabulary, special tokens, and the ids of a fixed probe
+        text; and the configuration's settings that are not their class's defaults, which differ little between
+        versions of transformers. Counted at the first call, which must come before anything is merged into the weights.
         """
         return self._digest
 
@@ -213,11 +228,19 @@ class TaskModel:
     @cached_property
     def _digest(self) -> str:
         digest = hashlib.sha256()
+        digest.update(json.dumps(self._reading(), sort_keys=True, default=str).encode())
         for name in sorted(self.frozen):
             tensor = self.frozen[name].detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def _reading(self) -> list[Any]:
+        """How texts become numbers, and how the weights are computed with."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        special = [getattr(self.tokenizer, f"{name}_token_id", None) for name in _SPECIAL_TOKENS]
+        probes = [self.encode([_PROBE]), self.encode([_PROBE], [_PROBE[::-1]], max_length=12)]
+        return [vocabulary, special, probes, self.max_positions, _settings_of(self.model.config)]
 
     @cached_property
     def _takes_segments(self) -> bool:
@@ -304,8 +327,8 @@ def _source(config: RunConfig) -> str:
         raise ConfigError(
             "model.path is not set", expected="the folder of a pretrained model", public="the model is not set"
         )
-    if Path(path).expanduser().is_dir():
-        return str(Path(path).expanduser())
+    if expand(path).is_dir():
+        return str(expand(path))
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path):
         raise ConfigError(
             f"there is no model folder {path}",
@@ -345,6 +368,19 @@ def _settings(settings: Any, tokenizer: Any, config: RunConfig, num_outputs: int
         )
     settings.pad_token_id = tokenizer.pad_token_id
     return settings
+
+
+def _settings_of(config: Any) -> dict[str, Any]:
+    """The settings that decide what the model computes, without those at their class's default."""
+    try:
+        default = type(config)().to_dict()
+    except (TypeError, ValueError):  # a composed configuration, which has no default
+        default = {}
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in _NO_SETTINGS and (key not in default or value != default[key])
+    }
 
 
 @contextmanager

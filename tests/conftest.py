@@ -18,6 +18,9 @@ _HOME = tempfile.TemporaryDirectory(prefix="giva-tests-")
 os.environ["GIVA_HOME"] = os.path.join(_HOME.name, "giva")
 os.environ["FLWR_HOME"] = os.path.join(_HOME.name, "flwr")
 
+# Server and sites are one machine here; a node with a partition alone stands for its sub-folder.
+os.environ["GIVA_SIMULATION"] = "1"
+
 # Toy shapes gain nothing from threads, and several sites share one machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -95,7 +95,8 @@ def test_mean_head_is_the_written_formula(tmp_path):
     task = load_task_model(config_for(write_model(tmp_path)))
     assert task.head_modules == ("classifier",)
     assert not any("pooler" in name for name in task.frozen)
-    assert torch.count_nonzero(logits_of(task)) == 0
+    assert 0 < task.model.classifier.weight.abs().max() <= 1 / task.model.classifier.in_features**0.5
+    assert torch.count_nonzero(task.model.classifier.bias) == 0
     torch.nn.init.normal_(task.model.classifier.weight)
     batch = task.collate(task.encode(["a b c", "d e f g h i j k l"]))
     with torch.no_grad():

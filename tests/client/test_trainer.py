@@ -1,0 +1,134 @@
+"""The site's work in this process, and what its policy changes in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from client.policy import Policy
+from client.site import SiteSettings
+from client.trainer import LocalTrainer, drop_trainers, get_trainer
+from client.training import examples_in_round, steps_in_round
+from giva_core import calibration
+from giva_core.config import RunConfig, TrainConfig
+from giva_core.errors import ConfigError, DataError
+from giva_core.protocol import TrainRequest, arrays_digest, trained_names
+
+ROOMY = {"giva__rank": 2, "giva__oversampling": 2}  # sketches of 4 columns, twice, in layers of 16
+
+
+def site_of(config: RunConfig, folder: Path, policy: Policy | None = None) -> SiteSettings:
+    return SiteSettings("site-1", folder / "site-1", config.data, "cpu", policy)
+
+
+def test_hello_counts_and_digests(toy_config: RunConfig, toy_folder: Path) -> None:
+    trainer = LocalTrainer(site_of(toy_config, toy_folder), toy_config)
+    hello = trainer.hello()
+    assert (hello.site, hello.num_train, hello.num_eval, hello.device) == ("site-1", 24, 11, "cpu")
+    assert hello.config_digest == toy_config.digest() and hello.schema == trainer.schema
+    assert hello.state_digest == arrays_digest(trainer.initial_state())
+
+
+def test_calibration_sees_the_same_examples_every_time(toy_config: RunConfig, toy_folder: Path) -> None:
+    trainer = LocalTrainer(site_of(toy_config, toy_folder), toy_config)
+    first, second = (trainer.calibrate(calibration.STAGES["range"], None, trainer.initial_state()) for _ in range(2))
+    assert first[1:] == second[1:] and first[1] == 16
+    shapes = calibration.sketch_shapes(
+        calibration.STAGES["range"], trainer.schema.layers, trainer.schema.ranks, toy_config.giva
+    )
+    for name, sketch in first[0].items():
+        assert sketch.codes.shape == shapes[name]
+        np.testing.assert_array_equal(sketch.codes, second[0][name].codes)
+
+
+def test_few_evaluation_rows_are_none(toy_config: RunConfig, toy_folder: Path) -> None:
+    config = toy_config.replace(**ROOMY)
+    enough = LocalTrainer(site_of(config, toy_folder, Policy(min_eval_examples=11)), config)
+    few = LocalTrainer(site_of(config, toy_folder, Policy(min_eval_examples=12)), config)
+    assert enough.hello().num_eval == 11 and few.hello().num_eval == 0
+    with pytest.raises(DataError, match="no evaluation rows"):
+        few.evaluate(few.initial_state(), "")
+
+
+@pytest.mark.parametrize("policy", [None, Policy(), Policy(allow_share_counts=True)])
+def test_counts_leave_where_run_and_site_agree(toy_config: RunConfig, toy_folder: Path, policy: Policy | None) -> None:
+    config = toy_config.replace(**ROOMY)
+    trainer = LocalTrainer(site_of(config, toy_folder, policy), config)
+    evaluation = trainer.evaluate(trainer.initial_state(), "")
+    assert bool(evaluation.counts) == (policy is None or policy.allow_share_counts)
+    assert evaluation.num_examples == 11 and "accuracy" in evaluation.metrics
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "message"),
+    [
+        (Policy(), {"method": "lora"}, "the method lora"),
+        (Policy(), {"giva__rank": 8}, "sketches as wide"),
+        (Policy(min_train_examples=25), {}, "min-train-examples"),
+        (Policy(), {"giva__calibration_batch_size": 7}, "min-calibration-examples"),
+        (Policy(), {"train__batch_size": 4, "train__max_local_steps": 1}, "min-round-examples"),
+    ],
+)
+def test_a_policy_comes_before_the_work(
+    toy_config: RunConfig, toy_folder: Path, policy: Policy, settings: dict[str, object], message: str
+) -> None:
+    config = toy_config.replace(**{**ROOMY, **settings})
+    with pytest.raises((ConfigError, DataError), match=message):
+        LocalTrainer(site_of(config, toy_folder, policy), config)
+    assert LocalTrainer(site_of(config, toy_folder), config).hello().num_train == 24
+
+
+def test_a_refused_configuration_reads_no_row(toy_config: RunConfig, tmp_path: Path) -> None:
+    config = toy_config.replace(giva__rank=8)  # the folder does not exist, and nobody looks
+    with pytest.raises(ConfigError, match="sketches as wide"):
+        LocalTrainer(site_of(config, tmp_path, Policy()), config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "examples"),
+    [
+        ({}, 4, 25),
+        ({"local_epochs": 3.0}, 12, 25),
+        ({"max_local_steps": 1}, 1, 1),  # the short batch may be the only one
+        ({"max_local_steps": 3}, 3, 17),
+        ({"local_epochs": 0.5}, 2, 9),
+        ({"local_epochs": 0.5, "accumulation_steps": 2}, 1, 9),
+        ({"local_epochs": 1e-9, "batch_size": 25}, 1, 25),
+    ],
+)
+def test_examples_behind_a_round(settings: dict[str, float], steps: int, examples: int) -> None:
+    config = TrainConfig(**{"batch_size": 8, **settings})  # type: ignore[arg-type]
+    assert (steps_in_round(25, config), examples_in_round(25, config)) == (steps, examples)
+
+
+def test_head_rounds_compute_without_dropout_whether_or_not_the_inputs_are_kept(
+    toy_config: RunConfig, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[bool] = []
+    monkeypatch.setattr("client.trainer.can_freeze", lambda *args: False)
+    config = toy_config.replace(task__head="native")
+    trainer = LocalTrainer(site_of(config, toy_folder), config)
+    encoder = trainer.backbone.task.model.base_model
+    assert isinstance(encoder, torch.nn.Module)
+    handle = encoder.register_forward_hook(lambda module, args, output: modes.append(module.training))
+    names = trained_names(trainer.schema, "head", "")
+    trainer.train(TrainRequest(trainer.initial_state(), 1, 1, "", names, is_head_round=True))
+    handle.remove()
+    assert len(modes) == 3 and not any(modes)
+
+
+def test_trainers_are_kept_by_site_and_run(toy_config: RunConfig, toy_folder: Path) -> None:
+    drop_trainers()
+    config = toy_config.replace(**ROOMY)
+    site = site_of(config, toy_folder)
+    first = get_trainer(site, config)
+    assert get_trainer(site, config) is first
+    guarded = get_trainer(site_of(config, toy_folder, Policy()), config)
+    assert guarded is not first and guarded.policy == Policy() and first.policy is None
+    assert json.loads(get_trainer(site, config.replace(giva__seed=5)).config.to_json())["giva.seed"] == 5
+    assert get_trainer(site, config) is not first  # another run came between
+    drop_trainers()
