@@ -50,7 +50,7 @@ demo: setup-demo ## a federation of hospitals on this machine, with a real model
 demo-baselines: setup-demo ## the same beside central GiVA, FedAvg-LoRA, the frozen encoder and TF-IDF + SVM
 	$(BIN)/python benchmarks/medical.py --baselines
 
-demo-full: setup-demo ## all training questions, all baselines, three seeds; hours on two cores, goes on where it was
+demo-full: setup-demo ## 3,000 training questions, all baselines, three seeds; goes on where it was
 	$(BIN)/python benchmarks/medical.py --full --baselines --seeds 3
 
 benchmark: ## list the benchmarks; each is one command

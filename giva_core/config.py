@@ -138,6 +138,7 @@ class TrainConfig(Section):
     learning_rate: float = option(1e-2, "peak learning rate of the vectors (or of LoRA's matrices)", above=0.0)
     head_learning_rate: float = option(1e-3, "peak learning rate of the head and of modules_to_save", above=0.0)
     warm_head_learning_rate: float = option(0.0, "peak learning rate of the head rounds; 0: the head's", minimum=0.0)
+    warm_head_epochs: float = option(1.0, "passes over the site's data in a head round", above=0.0)
     head_epsilon: float = option(1e-8, "AdamW's epsilon for the head; 1e-2 helps where labels are skewed", above=0.0)
     weight_decay: float = option(0.01, "AdamW's weight decay", minimum=0.0)
     batch_size: int = option(32, "examples in a forward pass", minimum=1)
@@ -169,13 +170,15 @@ class RoundsConfig(Section):
     )
     evaluate_every: int = option(1, "rounds from one evaluation to the next; the last round always has one", minimum=1)
     min_sites: int = option(
-        1, "sites that must be connected before the run starts, and are sampled at least", minimum=1
+        2, "sites that must be connected before the run starts, and are sampled at least", minimum=1
     )
-    quorum: int = option(1, "valid updates a round needs to count", minimum=1)
+    quorum: int = option(2, "valid updates a round needs to count; 1 broadcasts a lone site's update", minimum=1)
     deadline_seconds: float = option(3600.0, "seconds a site has to answer", above=0.0)
     join_seconds: float = option(600.0, "seconds to wait for min_sites to connect", above=0.0)
     hello_seconds: float = option(600.0, "seconds a site has to introduce itself; it loads its model then", above=0.0)
-    max_site_examples: int = option(10_000_000, "most training examples that a site may claim", minimum=1)
+    max_site_examples: int = option(
+        10_000_000, "most training examples that a site may claim", minimum=1, maximum=2**31 - 1
+    )
     retries: int = option(1, "times a round without quorum is tried again", minimum=0)
     max_update_norm: float = option(0.0, "largest norm of an update's change; 0 switches the check off", minimum=0.0)
 
@@ -240,12 +243,12 @@ class RunConfig(Section):
                 expected="fedavg or fedprox",
                 remedy="choose mode fedavg with this strategy",
             )
-        if self.rounds.quorum > self.rounds.min_sites and self.rounds.fraction_train < 1.0:
+        if self.rounds.quorum > self.rounds.min_sites:
             raise ConfigError(
-                "a round could never reach its quorum",
+                "a round with the fewest sites could never reach its quorum",
                 got=f"quorum {self.rounds.quorum}, min-sites {self.rounds.min_sites}",
-                expected="rounds.quorum <= rounds.min-sites where sites are sampled",
-                remedy="raise rounds.min-sites",
+                expected="rounds.quorum <= rounds.min-sites",
+                remedy="raise rounds.min-sites; for a run with one site set both to 1",
             )
         if len(set(self.task.labels)) != len(self.task.labels):
             raise ConfigError(

@@ -42,7 +42,9 @@ HEAD, CALIBRATE, BASES, ROUND = "train.head", "train.calibrate", "train.bases", 
 EVALUATE = "evaluate.round"
 
 #: Largest exponent of a sketch; float32 needs no more, and the mean of such sketches stays in the range of `exact`.
-EXPONENT_LIMIT = 200
+EXPONENT_LIMIT = 128
+#: Smallest exponent; a vanishing gradient has such, and does no harm.
+EXPONENT_FLOOR = -200
 
 Value = str | int | float | bool
 Shapes = Mapping[str, tuple[int, ...]]
@@ -149,7 +151,7 @@ def unpack_sketches(payload: Payload, shapes: Mapping[str, tuple[int, int]]) -> 
             expected=f"integers ({numbers},), ({columns},)",
             public="sketches do not fit the schema",
         )
-    if exponents.dtype != np.int16 or (exponents.size and np.abs(exponents.astype(np.int32)).max() > EXPONENT_LIMIT):
+    if exponents.dtype != np.int16 or np.any((exponents < EXPONENT_FLOOR) | (exponents > EXPONENT_LIMIT)):
         raise ProtocolError("a sketch's exponents are out of range", public="sketch exponents out of range")
     found, start, column = {}, 0, 0
     for name, (n, q) in shapes.items():
@@ -181,7 +183,7 @@ class Hello:
         num_train: Training examples after filtering.
         num_eval: Evaluation examples.
         schema: What its model trains; equal at every site.
-        model_digest: SHA-256 of the frozen weights; equal at every site.
+        model_digest: SHA-256 of the model below the head: weights, settings, tokenizer; equal at every site.
         state_digest: SHA-256 of the starting values of everything trained but the vectors; equal at every site.
         config_digest: SHA-256 of the agreed settings.
         versions: Library versions, as text.

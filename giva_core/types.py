@@ -188,7 +188,8 @@ class RoundRecord:
 
     Attributes:
         phase: `hello`, `head`, `calibrate`, `bases` or `train`.
-        round: From 1 within `head` and `train`; the pass within `calibrate`; else 1.
+        round: From 1 within `head` and `train`; the pass within `calibrate`; for `hello` and `bases` a running number,
+            which goes on when sites join or come back.
         sites: One record for each sampled site, sorted by name.
         total_examples: Training examples that counted.
         train_loss: Example-weighted mean of the local training losses.

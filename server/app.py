@@ -11,11 +11,13 @@ from flwr.serverapp import Grid, ServerApp
 
 import giva_core
 from giva_core.config import RunConfig
+from giva_core.errors import ConfigError
 from giva_core.types import RoundRecord
 
 from .progress import describe
 from .rounds import Federation
 from .run_store import RunStore, default_root
+from .strategy import make_aggregator
 
 log = logging.getLogger("giva.server")
 app = ServerApp()
@@ -27,6 +29,24 @@ def server_versions() -> dict[str, str]:
     return {"fedgiva": giva_core.__version__, "python": platform.python_version(), **found}
 
 
+def continued_config(given: RunConfig, stored: RunConfig) -> RunConfig:
+    """The stored run's configuration, checked against the one that Flower has given to the sites.
+
+    Raises:
+        ConfigError: They differ, so that every site would refuse the run.
+    """
+    if given.digest() != stored.digest():
+        raise ConfigError(
+            "the sites were given another configuration than the stored run's",
+            got=f"{given.digest()[:12]}…",
+            expected=f"{stored.digest()[:12]}…",
+            cause="`flwr run` fills in the app's defaults where it is given `resume` alone",
+            remedy="pass the same --run-config file as at the start, together with "
+            f"--run-config 'resume=\"{given.resume}\"'",
+        )
+    return stored
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Start a run, or continue the one that `resume` names."""
@@ -34,8 +54,9 @@ def main(grid: Grid, context: Context) -> None:
     store = RunStore(default_root())
     if config.resume:
         run_id = store.run(config.resume).run_id
-        config = store.run(run_id).config
+        config = continued_config(config, store.run(run_id).config)
     else:
+        make_aggregator(config)  # a strategy that is refused must not leave a run behind
         run_id = store.create_run(config, "flower", server_versions())
 
     def tell(record: RoundRecord) -> None:

@@ -7,8 +7,8 @@ outcome: a payload, or a reason. Bytes are counted as serialised.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -19,6 +19,8 @@ from giva_core.protocol import Payload
 from giva_core.types import SiteRecord
 
 POLL_SECONDS = 0.2
+LOOK_SECONDS = 1.0  # from one look at who is connected to the next
+LEFT_SECONDS = 5.0  # a node may drop out of sight for a moment
 _MESSAGE_SLACK_SECONDS = 60.0  # a reply on its way at the deadline still finds its message alive
 
 
@@ -30,7 +32,8 @@ class Answer:
         site: Its name, or the node id before it has said its name.
         node_id: Its Flower node.
         payload: What it answered; None where it did not.
-        status: `ok`, `failed` (an error reply, or none that can be read) or `missing` (no reply before the deadline).
+        status: `ok`, `failed` (an error reply, or none that can be read) or `missing` (no reply before the deadline, or
+            before its node left).
         reason: Why there is no payload.
         bytes_down: Bytes of the question.
         bytes_up: Bytes of the answer.
@@ -71,7 +74,6 @@ def ask(
     *,
     deadline_seconds: float,
     group: str = "",
-    on_answer: Callable[[Answer], None] = lambda answer: None,
 ) -> list[Answer]:
     """Send `payload` to every node and collect the answers.
 
@@ -80,9 +82,8 @@ def ask(
         nodes: Node id by site name.
         kind: The message type.
         payload: The question, the same for all.
-        deadline_seconds: Seconds to wait for the last answer.
+        deadline_seconds: Seconds to wait for the last answer; less where all who have not answered have left.
         group: The round, for Flower's records.
-        on_answer: Told each answer as it comes.
 
     Returns:
         One answer for every site, sorted by site name, whatever order they came in.
@@ -100,28 +101,50 @@ def ask(
             pending[message_id] = node_id
         else:
             answers[node_id] = Answer(names[node_id], node_id, None, "failed", "the message could not be sent", down)
-            on_answer(answers[node_id])
     ends = time.monotonic() + deadline_seconds
+    reason = f"no answer within {deadline_seconds:g} s"
+    departure = _Departure(grid)
     while pending:
         for reply in grid.pull_messages(list(pending)):
             # an error reply may come from the server's own id, so the question it answers tells the site
             node_id = pending.pop(reply.metadata.reply_to_message_id, None)
             if node_id is not None:
                 answers[node_id] = _read(reply, names[node_id], node_id, down)
-                on_answer(answers[node_id])
         if not pending or time.monotonic() >= ends:
+            break
+        if departure.is_certain(pending.values()):
+            reason = "node left"
             break
         time.sleep(POLL_SECONDS)
     for node_id in pending.values():
-        reason = f"no answer within {deadline_seconds:g} s"
         answers[node_id] = Answer(names[node_id], node_id, None, "missing", reason, down)
-        on_answer(answers[node_id])
     return sorted(answers.values(), key=lambda answer: answer.site)
 
 
 def site_record(answer: Answer) -> SiteRecord:
     """The beginning of a site's record: how it answered, and what that cost."""
     return SiteRecord(answer.site, answer.status, answer.reason, bytes_up=answer.bytes_up, bytes_down=answer.bytes_down)
+
+
+@dataclass
+class _Departure:
+    """Notices that every node still waited for has left, which nobody needs to wait out to the deadline."""
+
+    grid: Grid
+    _next_look: float = field(default_factory=lambda: time.monotonic() + LOOK_SECONDS)
+    _since: float | None = None
+
+    def is_certain(self, node_ids: Collection[int]) -> bool:
+        """Whether none of them has been connected for some seconds."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return False
+        self._next_look = now + LOOK_SECONDS
+        if not set(self.grid.get_node_ids()).isdisjoint(node_ids):
+            self._since = None
+        elif self._since is None:
+            self._since = now
+        return self._since is not None and now - self._since >= LEFT_SECONDS
 
 
 def _read(reply: Message, site: str, node_id: int, down: int) -> Answer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flwr.serverapp import Grid
 
@@ -15,7 +15,10 @@ from giva_core.errors import GivaError, QuorumError
 from giva_core.protocol import Hello, Payload
 from giva_core.types import SiteRecord
 
+from .absence import BackOff, Bench
 from .exchange import Answer, ask
+
+_NODE = "node-"  # what a node is called before it has said its name
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Members:
         turned_away: Reason by node id; such a node is not asked again, a restarted one has a new id. A second node of
             one name is asked again: the first may be gone.
         reference: What all sites must agree on: the first site's schema and digests, by majority.
+        back_off: When nodes that did not introduce themselves are asked again.
+        bench: Sites that sit out some rounds since they did not answer.
     """
 
     grid: Grid
@@ -44,6 +49,8 @@ class Members:
     admitted: dict[str, Member] = field(default_factory=dict)
     turned_away: dict[int, str] = field(default_factory=dict)
     reference: Hello | None = None
+    back_off: BackOff = field(default_factory=BackOff)
+    bench: Bench = field(default_factory=Bench)
 
     def wait(self) -> None:
         """Wait until `rounds.min-sites` nodes are connected.
@@ -70,20 +77,24 @@ class Members:
         connected = set(self.grid.get_node_ids())
         self.admitted = {site: member for site, member in self.admitted.items() if member.node_id in connected}
         known = {member.node_id for member in self.admitted.values()} | set(self.turned_away)
-        nodes = {f"node-{node_id}": node_id for node_id in connected - known}
+        nodes = {f"{_NODE}{node_id}": node_id for node_id in connected - known - self.back_off.resting()}
         if not nodes:
             return []
         question = Payload(values={"config": self.config.digest(), "protocol": protocol.PROTOCOL_VERSION})
-        answers = ask(self.grid, nodes, protocol.HELLO, question, deadline_seconds=self.config.rounds.join_seconds)
+        answers = ask(self.grid, nodes, protocol.HELLO, question, deadline_seconds=self.config.rounds.hello_seconds)
         heard = [(answer, *_read_hello(answer)) for answer in answers]
         if self.reference is None:
             digest = self.config.digest()
             self.reference = _majority([hello for _, hello, _ in heard if hello and hello.config_digest == digest])
-        records = [self._admit(answer, hello, reason) for answer, hello, reason in heard]
-        return sorted(records, key=lambda record: record.site)
+        records = [(answer.node_id, self._admit(answer, hello, reason)) for answer, hello, reason in heard]
+        return sorted(_with_unique_names(records), key=lambda record: record.site)
 
     def _admit(self, answer: Answer, hello: Hello | None, reason: str) -> SiteRecord:
         site = hello.site if hello else answer.site
+        if answer.status == "missing":
+            self.back_off.missed(answer.node_id)
+        else:
+            self.back_off.answered(answer.node_id)
         status = "failed" if answer.status == "ok" else answer.status
         # a restarted node may be quicker than Flower is to notice that the one before it is gone: it is asked again
         is_double = site in self.admitted
@@ -91,6 +102,7 @@ class Members:
             reason = self._misfit(hello)
             if not reason:
                 self.admitted[site] = Member(answer.node_id, hello)
+                self.bench.clear(site)
             else:
                 status, site = "refused", f"{site}-{answer.node_id}" if is_double else site
         if reason and answer.status != "missing" and not is_double:
@@ -99,21 +111,26 @@ class Members:
             site=site,
             status="ok" if not reason else status,
             reason=reason,
-            num_examples=hello.num_train if hello else 0,
-            eval_examples=hello.num_eval if hello else 0,
+            # what a site says that is turned away has not been checked, not even to fit into the store
+            num_examples=hello.num_train if hello and not reason else 0,
+            eval_examples=hello.num_eval if hello and not reason else 0,
             bytes_up=answer.bytes_up,
             bytes_down=answer.bytes_down,
         )
 
     def _misfit(self, hello: Hello) -> str:
         """Why this site cannot take part; empty where it can."""
-        wanted = self.reference
+        wanted, limit = self.reference, self.config.rounds.max_site_examples
+        if hello.site.startswith(_NODE):
+            return f"its name begins with '{_NODE}', which is what unnamed nodes are called"
         if hello.site in self.admitted:
             return f"another connected node already is site {hello.site}"
         if hello.config_digest != self.config.digest():
             return f"its run configuration {hello.config_digest[:12]}… is not the run's {self.config.digest()[:12]}…"
         if hello.num_train < 1:
             return "it has no training examples"
+        if hello.num_train > limit or not 0 <= hello.num_eval <= limit:
+            return f"it claims more examples than rounds.max-site-examples = {limit}, or fewer than none"
         if wanted is None:
             return "no site has introduced itself"
         for name in ("model_digest", "state_digest"):
@@ -125,6 +142,16 @@ class Members:
     def nodes(self, keep: Callable[[Member], bool] = lambda member: True) -> dict[str, int]:
         """Node id by site, sorted by site."""
         return {site: member.node_id for site, member in sorted(self.admitted.items()) if keep(member)}
+
+    def active(self, minimum: int, keep: Callable[[Member], bool] = lambda member: True) -> dict[str, int]:
+        """As `nodes`, without those on the bench as long as `minimum` others are left."""
+        nodes = self.nodes(keep)
+        fit = {site: node_id for site, node_id in nodes.items() if site not in self.bench}
+        return fit if len(fit) >= minimum else nodes
+
+    def hellos(self) -> dict[str, Hello]:
+        """What each site said of itself."""
+        return {site: member.hello for site, member in self.admitted.items()}
 
     def drop(self, site: str, reason: str) -> None:
         """Take a site out of the run for good."""
@@ -142,6 +169,17 @@ def _read_hello(answer: Answer) -> tuple[Hello | None, str]:
         return Hello.from_payload(answer.payload), ""
     except GivaError as error:
         return None, str(error)
+
+
+def _with_unique_names(records: list[tuple[int, SiteRecord]]) -> list[SiteRecord]:
+    """An admitted site keeps its name; another record of that name gets its node's id behind it."""
+    named: dict[str, SiteRecord] = {}
+    for node_id, record in sorted(records, key=lambda pair: pair[1].status != "ok"):
+        name = record.site
+        while name in named:
+            name = f"{name}-{node_id}"
+        named[name] = replace(record, site=name)
+    return list(named.values())
 
 
 def _majority(hellos: list[Hello]) -> Hello | None:

@@ -7,46 +7,47 @@ a round depends on anything but the run's seed and the stored state: a resumed r
 
 from __future__ import annotations
 
-import math
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from flwr.serverapp import Grid
 
-from giva_core import aggregate, bases, calibration, checkpoint, metrics, protocol
-from giva_core.calibration import Sketches, Stage
+from giva_core import aggregate, checkpoint, protocol
 from giva_core.config import RunConfig
 from giva_core.errors import GivaError, QuorumError
-from giva_core.protocol import Hello, Payload, TrainRequest
-from giva_core.types import (
-    Arrays,
-    BasesSet,
-    ClientUpdate,
-    ModelSchema,
-    RoundRecord,
-    SiteEvaluation,
-    SiteRecord,
-)
+from giva_core.protocol import Payload, TrainRequest
+from giva_core.types import Arrays, BasesSet, ClientUpdate, ModelSchema, RoundRecord, SiteEvaluation, SiteRecord
 
-from . import guard
-from .exchange import Answer, ask, site_record
-from .members import Members
+from .agreement import agree_on_bases, send_bases
+from .evaluation import read_evaluations, total_metrics
+from .exchange import ask, site_record
 from .run_store import RunStore
-from .sketches import calibration_question, read_sketches, sketches_from_arrays, sketches_to_arrays
+from .session import Session, mean, outcomes
 from .strategy import Aggregator, check_finite, make_aggregator
+from .updates import Accepted, merge_attempts, read_updates
 
 _FINISH_SECONDS = 10.0
 _STRATEGY = "strategy:"  # prefix of the strategy's own arrays in a stored state
 
 
 @dataclass(frozen=True)
-class Accepted:
-    """Updates that passed the guard, in the order of the sites' names, and every sampled site's record."""
+class Plan:
+    """One round to come.
 
-    updates: list[ClientUpdate]
-    records: list[SiteRecord]
+    Attributes:
+        phase: `head` or `train`.
+        number: From 1 within the phase.
+        total: Rounds of the phase.
+        factor: Which vectors are trained: `both`, `lambda_o`, `lambda_s`; `head` for none.
+        names: The arrays that are trained, in wire order.
+    """
+
+    phase: str
+    number: int
+    total: int
+    factor: str
+    names: tuple[str, ...]
 
 
 class Federation:
@@ -68,14 +69,14 @@ class Federation:
         run_id: str,
         on_record: Callable[[RoundRecord], None] = lambda record: None,
     ) -> None:
-        self.grid, self.config, self.store, self.run_id = grid, config, store, run_id
-        self.on_record = on_record
-        self.members = Members(grid, config)
+        self.config, self.store, self.run_id = config, store, run_id
+        self.session = Session(grid, config, store, run_id, on_record)
+        self.members = self.session.members
         self.aggregator: Aggregator = make_aggregator(config)
         self.arrays: Arrays = {}
         self.residual: Arrays = {}
         self.bases: BasesSet | None = None
-        self._bases_message: Payload | None = None
+        self._bases_message = Payload()
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -108,12 +109,17 @@ class Federation:
             for number in range(done["head"] + 1, rounds.head_rounds + 1):
                 self._round("head", number, rounds.head_rounds)
         if self.config.method == "giva":
-            self._prepare_bases()
+            self.bases, self._bases_message = agree_on_bases(self.session, self.arrays)
             if done["train"] == 0:
-                self.arrays = {**aggregate.initial_vectors(self.schema.layers, self.schema.ranks), **self.arrays}
+                schema = self.session.schema
+                self.arrays = {**aggregate.initial_vectors(schema.layers, schema.ranks), **self.arrays}
         for number in range(done["train"] + 1, rounds.num_rounds + 1):
             self._round("train", number, rounds.num_rounds)
         self._finish()
+
+    def _extra(self) -> Arrays:
+        """What is stored beside the global arrays: residuals, and what the strategy keeps."""
+        return {**self.residual, **{_STRATEGY + name: array for name, array in self.aggregator.state().items()}}
 
     def _load(self, arrays: Arrays, extra: Arrays) -> None:
         self.arrays = arrays
@@ -121,109 +127,52 @@ class Federation:
         self.residual = {name: array for name, array in extra.items() if name not in own}
         self.aggregator.load_state({name.removeprefix(_STRATEGY): array for name, array in own.items()})
 
-    # -- hello --------------------------------------------------------------------------------------------------------
-
-    @property
-    def reference(self) -> Hello:
-        """What all sites agree on."""
-        if self.members.reference is None:
-            raise QuorumError("no site has introduced itself")
-        return self.members.reference
-
-    @property
-    def schema(self) -> ModelSchema:
-        """What the sites' models train and send."""
-        return self.reference.schema
-
     @property
     def bases_digest(self) -> str:
         """Digest of the run's bases; empty before calibration."""
         return self.bases.digest if self.bases else ""
 
+    # -- hello --------------------------------------------------------------------------------------------------------
+
     def _hello(self) -> None:
-        started = time.monotonic()
         self.members.wait()
-        records = self.members.greet()
-        number = 1 + len(self.store.rounds(self.run_id, "hello"))
-        self._record("hello", number, records, started)
-        self._need(self.config.rounds.min_sites, records, "were admitted")
-        facts = self.store.run(self.run_id).facts
-        for name in ("model_digest", "state_digest"):
-            value = getattr(self.reference, name)
-            if facts.get(name, value) != value:
+        self.session.need(self.config.rounds.min_sites, self.session.greet(), "were admitted")
+        known, reference = self.store.run(self.run_id).facts, self.session.reference
+        found = {"model_digest": reference.model_digest, "state_digest": reference.state_digest}
+        for name, value in found.items():
+            if known.get(name, value) != value:
                 raise QuorumError(
                     f"the sites' {name.replace('_', ' ')} is not that of the run's start",
                     got=value[:12],
-                    expected=str(facts[name])[:12],
+                    expected=str(known[name])[:12],
                     remedy="start a new run",
                 )
-        self.store.set_facts(
-            self.run_id, {"model_digest": self.reference.model_digest, "state_digest": self.reference.state_digest}
-        )
+        self.store.set_facts(self.run_id, found)
 
     def _initial_state(self) -> Arrays:
-        """The starting values of the head, from the first site by name; every site has proved that it has the same."""
+        """The starting values of the head, from the first site by name; every site has said that it has the same."""
+        started = time.monotonic()
+        refused: list[SiteRecord] = []
+        found: Arrays | None = None
         for site, node_id in self.members.nodes().items():
-            [answer] = self._ask({site: node_id}, protocol.STATE, Payload(), "state")
+            [answer] = self.session.ask({site: node_id}, protocol.STATE, Payload(), "state")
             if answer.payload is None:
                 continue
-            arrays = protocol.unpack(answer.payload.array("state"), self.schema.state)
-            if protocol.arrays_digest(arrays) == self.reference.state_digest:
-                return arrays
-        raise QuorumError("no site could send the starting values of the head")
-
-    # -- calibration and bases ----------------------------------------------------------------------------------------
-
-    def _prepare_bases(self) -> None:
-        """Agree on the bases; a resumed run keeps those that it began with."""
-        if "bases_digest" in self.store.run(self.run_id).facts:
-            sketches, coordinates = sketches_from_arrays(self.store.load_blob(self.run_id, "sketches"))
-        else:
-            sketches, coordinates = self._calibrate()
-            self.store.save_blob(self.run_id, "sketches", sketches_to_arrays(sketches, coordinates))
-        started = time.monotonic()
-        schema = self.schema
-        self.bases = bases.build_bases(schema.layers, schema.ranks, sketches, self.config.giva, coordinates)
-        self._bases_message = protocol.bases_to_payload(sketches, coordinates, schema)
-        records = self._send_bases(self.members.nodes())
-        self._record("bases", 1 + len(self.store.rounds(self.run_id, "bases")), records, started)
-        self._need(self.config.rounds.quorum, records, "hold the run's bases")
-        self.store.set_facts(self.run_id, {"bases_digest": self.bases.digest})
-
-    def _calibrate(self) -> tuple[Sketches, Sketches | None]:
-        """All passes of the plan; returns the aggregate Y, and Z where the init needs it."""
-        giva = self.config.giva
-
-        def one_pass(number: int, stage: Stage, previous: tuple[Stage, Sketches] | None) -> Sketches:
-            started = time.monotonic()
-            question = calibration_question(stage, previous, self.arrays, self.schema)
-            answers = self._ask(self.members.nodes(), protocol.CALIBRATE, question, f"calibrate-{number}")
-            hellos = {site: member.hello for site, member in self.members.admitted.items()}
-            heard = read_sketches(stage, answers, hellos, self.schema, giva)
-            self._need(self.config.rounds.quorum, heard.records, f"answered calibration pass {number}")
-            mean = heard.mean(giva.sketch_bits)
-            total, loss = sum(heard.weights), _mean(heard.losses, heard.weights)
-            self._record("calibrate", number, heard.records, started, total_examples=total, train_loss=loss)
-            return mean
-
-        return calibration.run_passes(giva, one_pass)
-
-    def _send_bases(self, nodes: dict[str, int]) -> list[SiteRecord]:
-        """Broadcast the aggregate sketch; a site that builds other bases from it is taken out of the run."""
-        records = []
-        for answer in self._ask(nodes, protocol.BASES, self._bases_message or Payload(), "bases"):
-            record = site_record(answer)
-            if answer.payload is not None and (digest := str(answer.payload.values.get("bases"))) != self.bases_digest:
-                reason = (
-                    f"bases digest {digest[:12]}… but the run uses {self.bases_digest[:12]}…; its machine computes "
-                    "differently: run `giva bases self-test` there"
-                )
-                record = replace(record, status="refused", reason=reason)
-                self.members.drop(answer.site, reason)
-            elif answer.payload is None:
-                self.members.forget(answer.site)
-            records.append(record)
-        return records
+            try:
+                arrays = protocol.unpack(answer.payload.array("state"), self.session.schema.state)
+                if protocol.arrays_digest(arrays) == self.session.reference.state_digest:
+                    found = arrays
+                    break
+                reason = "its starting head is not what it said when it joined"
+            except GivaError as error:
+                reason = f"its starting head cannot be read: {error}"
+            self.members.drop(site, reason)
+            refused.append(replace(site_record(answer), status="refused", reason=reason))
+        if refused:
+            self.session.record("hello", self.session.next_number("hello"), refused, started)
+        if found is None:
+            raise QuorumError("no site could send the starting values of the head", got=outcomes(refused))
+        return found
 
     # -- rounds -------------------------------------------------------------------------------------------------------
 
@@ -231,91 +180,80 @@ class Federation:
         """One round: sample, train, check, aggregate, evaluate, store."""
         started = time.monotonic()
         rounds = self.config.rounds
-        factor = "head" if phase == "head" else "both"
-        if phase == "train" and rounds.mode == "alternate":
-            factor = aggregate.alternate_factor(number)
+        self.members.bench.next_round()
+        plan = self._plan(phase, number, total)
         mu = self.aggregator.prepare(number, self.arrays)
         tried: list[SiteRecord] = []
         for attempt in range(rounds.retries + 1):
-            accepted = self._train(phase, number, total, factor, mu, attempt)
+            accepted = self._train(plan, mu, attempt)
             if len(accepted.updates) >= rounds.quorum:
                 break
-            tried = _merge_attempts(tried, accepted.records)
+            tried = merge_attempts(tried, accepted.records)
         else:
             raise QuorumError(
                 f"round {number} did not reach its quorum in {rounds.retries + 1} attempts",
-                got=_outcomes(tried),
+                got=outcomes(tried),
                 expected=f"{rounds.quorum} valid updates",
                 remedy="see to the sites named, then resume the run",
             )
-        error = self._aggregate(phase, number, accepted.updates)
-        records = _merge_attempts(tried, accepted.records)
+        error = self._aggregate(plan, accepted.updates)
+        records = merge_attempts(tried, accepted.records)
         evaluations: list[SiteEvaluation] = []
         if number % rounds.evaluate_every == 0 or number == total:
             records, evaluations = self._evaluate(number, records)
         weights = [update.num_examples for update in accepted.updates]
         eval_weights = [evaluation.num_examples for evaluation in evaluations]
-        self._record(
+        self.session.record(
             phase,
             number,
             records,
             started,
             total_examples=sum(weights),
-            train_loss=_mean([update.train_loss for update in accepted.updates], weights),
-            eval_loss=_mean([evaluation.loss for evaluation in evaluations], eval_weights),
-            metrics=metrics.total_metrics(self.config.task.kind, evaluations),
+            train_loss=mean([update.train_loss for update in accepted.updates], weights),
+            eval_loss=mean([evaluation.loss for evaluation in evaluations], eval_weights),
+            metrics=total_metrics(self.config.task.kind, evaluations),
             aggregation_error=error,
-            keep_state=True,
+            arrays=self.arrays,
+            extra=self._extra(),
         )
 
-    def _train(self, phase: str, number: int, total: int, factor: str, mu: float, attempt: int) -> Accepted:
-        self._welcome_back()
-        nodes = self._sample(
-            self.config.rounds.fraction_train, self.config.rounds.min_sites, f"{phase}-{number}-{attempt}"
-        )
-        digest = self.bases_digest
+    def _plan(self, phase: str, number: int, total: int) -> Plan:
+        factor = "head" if phase == "head" else "both"
+        if phase == "train" and self.config.rounds.mode == "alternate":
+            factor = aggregate.alternate_factor(number)
+        names = protocol.trained_names(self.session.schema, factor, self.bases_digest)
+        return Plan(phase, number, total, factor, names)
+
+    def _train(self, plan: Plan, mu: float, attempt: int) -> Accepted:
+        """Let sampled sites train; who sits out is recorded as well."""
+        self._admit_newcomers()
+        rounds = self.config.rounds
+        nodes = self.session.sample(rounds.fraction_train, rounds.min_sites, f"{plan.phase}-{plan.number}-{attempt}")
         start = {**self.arrays, **self.residual}
-        names = protocol.trained_names(self.schema, factor, digest)
-        request = TrainRequest(start, number, total, digest, names, mu, factor == "head")
-        payload = protocol.train_to_payload(request, self.schema, factor)
-        shapes = {name: start[name].shape for name in names}
-        updates: list[ClientUpdate] = []
-        records: list[SiteRecord] = []
-        kind = protocol.HEAD if phase == "head" else protocol.ROUND
-        for answer in self._ask(nodes, kind, payload, f"{phase}-{number}"):
-            record = site_record(answer)
-            if answer.payload is not None:
-                try:
-                    update = protocol.update_from_payload(answer.payload, shapes)
-                    hello = self.members.admitted[answer.site].hello
-                    guard.check_update(update, hello, start, digest, self.config.rounds.max_update_norm)
-                    # what was not trained counts as unchanged, so that every strategy sees all arrays
-                    updates.append(replace(update, arrays={**self.arrays, **update.arrays}))
-                    record = replace(
-                        record,
-                        num_examples=update.num_examples,
-                        num_steps=update.num_steps,
-                        train_loss=update.train_loss,
-                        train_seconds=update.seconds,
-                    )
-                except GivaError as error:
-                    record = replace(record, status="refused", reason=str(error))
-            elif answer.reason.startswith("bases"):
-                self.members.forget(answer.site)
-            records.append(record)
-        return Accepted(updates, records)
+        is_head = plan.phase == "head"
+        request = TrainRequest(start, plan.number, plan.total, self.bases_digest, plan.names, mu, is_head)
+        payload = protocol.train_to_payload(request, self.session.schema, plan.factor)
+        resting, hellos = self.members.bench.records(nodes), self.members.hellos()
+        kind = protocol.HEAD if is_head else protocol.ROUND
+        answers = self.session.ask(nodes, kind, payload, f"{plan.phase}-{plan.number}")
+        accepted = read_updates(answers, hellos, start, plan.names, self.bases_digest, rounds.max_update_norm)
+        # what was not trained counts as unchanged, so that every strategy sees all arrays
+        updates = [replace(update, arrays={**self.arrays, **update.arrays}) for update in accepted.updates]
+        return Accepted(updates, [*accepted.records, *resting])
 
-    def _aggregate(self, phase: str, number: int, updates: Sequence[ClientUpdate]) -> float | None:
+    def _aggregate(self, plan: Plan, updates: Sequence[ClientUpdate]) -> float | None:
         """Make the next global arrays; returns the aggregation error where there are vectors."""
-        made = self.aggregator.aggregate(number, updates)
+        made = self.aggregator.aggregate(plan.number, updates)
         check_finite(made)
+        # momentum moves even what no site trained in this round; `alternate` is exact only where that stays
+        made = {name: array if name in plan.names else self.arrays[name] for name, array in made.items()}
         error = None
-        if phase == "train" and self.bases is not None:
+        if plan.phase == "train" and self.bases is not None:
             sites = [update.arrays for update in updates]
             weights = [update.num_examples for update in updates]
             lost = None
             if self.config.rounds.mode == "exact":
-                lost = aggregate.exact_residual(sites, weights, made, self.schema.layers)
+                lost = aggregate.exact_residual(sites, weights, made, self.session.schema.layers)
                 self.residual = aggregate.add_arrays(self.residual, lost)
             error = aggregate.aggregation_error(sites, weights, made, self.bases, lost)
         self.arrays = made
@@ -323,51 +261,24 @@ class Federation:
 
     def _evaluate(self, number: int, records: list[SiteRecord]) -> tuple[list[SiteRecord], list[SiteEvaluation]]:
         """Let sampled sites evaluate the new global arrays; their results join the round's records."""
-        nodes = self._sample(self.config.rounds.fraction_evaluate, 0, f"evaluate-{number}", with_eval=True)
+        nodes = self.session.sample(self.config.rounds.fraction_evaluate, 0, f"evaluate-{number}", with_eval=True)
         if not nodes:
             return records, []
-        payload = protocol.global_to_payload({**self.arrays, **self.residual}, self.schema, self.bases_digest)
-        by_site = {record.site: record for record in records}
-        evaluations = []
-        for answer in self._ask(nodes, protocol.EVALUATE, payload, f"evaluate-{number}"):
-            record = by_site.get(answer.site) or SiteRecord(answer.site, "ok")
-            record = replace(
-                record, bytes_up=record.bytes_up + answer.bytes_up, bytes_down=record.bytes_down + answer.bytes_down
-            )
-            try:
-                if answer.payload is None:
-                    record = replace(record, reason=record.reason or f"evaluation: {answer.reason}")
-                else:
-                    evaluation = protocol.evaluation_from_payload(answer.payload)
-                    hello = self.members.admitted[answer.site].hello
-                    guard.check_evaluation(evaluation, hello, self.config.task.kind)
-                    evaluations.append(evaluation)
-                    record = replace(
-                        record,
-                        eval_examples=evaluation.num_examples,
-                        eval_loss=evaluation.loss,
-                        metrics=evaluation.metrics,
-                    )
-            except GivaError as error:
-                record = replace(record, reason=record.reason or f"evaluation refused: {error}")
-            by_site[answer.site] = record
-        return sorted(by_site.values(), key=lambda record: record.site), evaluations
+        payload = protocol.global_to_payload({**self.arrays, **self.residual}, self.session.schema, self.bases_digest)
+        hellos = self.members.hellos()
+        answers = self.session.ask(nodes, protocol.EVALUATE, payload, f"evaluate-{number}")
+        return read_evaluations(answers, hellos, self.config.task, records)
 
-    def _welcome_back(self) -> None:
+    def _admit_newcomers(self) -> None:
         """Admit nodes that connected since the last round, and give them the bases; wait where too few are left."""
         self.members.wait()
-        before = set(self.members.admitted)
-        self.members.greet()
-        new = {site: node_id for site, node_id in self.members.nodes().items() if site not in before}
+        before = set(self.members.nodes().values())
+        self.session.greet()
+        new = {site: node_id for site, node_id in self.members.nodes().items() if node_id not in before}
         if new and self.bases is not None:
-            self._send_bases(new)
-
-    def _sample(self, fraction: float, minimum: int, key: str, with_eval: bool = False) -> dict[str, int]:
-        """A sample of the members that depends on the run's seed, the round and the members' names alone."""
-        nodes = self.members.nodes(lambda member: not with_eval or member.hello.num_eval > 0)
-        count = min(len(nodes), max(minimum, math.ceil(fraction * len(nodes))))
-        chosen = random.Random(f"{self.config.giva.seed}-{key}").sample(sorted(nodes), count)
-        return {site: nodes[site] for site in sorted(chosen)}
+            started = time.monotonic()
+            records = send_bases(self.session, new, self._bases_message, self.bases.digest)
+            self.session.record("bases", self.session.next_number("bases"), records, started)
 
     # -- finish -------------------------------------------------------------------------------------------------------
 
@@ -378,66 +289,14 @@ class Federation:
             self.arrays,
             self.config,
             residual=self.residual or None,
-            model_digest=self.reference.model_digest,
+            model_digest=self.session.reference.model_digest,
+            head_modules=_head_modules(self.session.schema),
         )
         self.store.set_facts(self.run_id, {"arrays_digest": protocol.arrays_digest({**self.arrays, **self.residual})})
-        ask(self.grid, self.members.nodes(), protocol.FINISH, Payload(), deadline_seconds=_FINISH_SECONDS)
-
-    # -- shared -------------------------------------------------------------------------------------------------------
-
-    def _ask(self, nodes: dict[str, int], kind: str, payload: Payload, group: str) -> list[Answer]:
-        return ask(self.grid, nodes, kind, payload, deadline_seconds=self.config.rounds.deadline_seconds, group=group)
-
-    def _need(self, count: int, records: Sequence[SiteRecord], what: str) -> None:
-        if sum(record.status == "ok" for record in records) < count:
-            raise QuorumError(
-                f"too few sites {what}",
-                got=_outcomes(records),
-                expected=f"at least {count} sites",
-                remedy="see to the sites named, then resume the run",
-            )
-
-    def _record(
-        self,
-        phase: str,
-        number: int,
-        sites: Sequence[SiteRecord],
-        started: float,
-        *,
-        keep_state: bool = False,
-        **totals: object,
-    ) -> None:
-        record = RoundRecord(
-            phase=phase,
-            round=number,
-            sites=tuple(sites),
-            seconds=time.monotonic() - started,
-            bytes_up=sum(site.bytes_up for site in sites),
-            bytes_down=sum(site.bytes_down for site in sites),
-            **totals,  # type: ignore[arg-type]
-        )
-        state = {_STRATEGY + name: array for name, array in self.aggregator.state().items()}
-        extra = {**self.residual, **state} if keep_state else None
-        self.store.record(self.run_id, record, self.arrays if keep_state else None, extra or None)
-        self.on_record(record)
+        ask(self.session.grid, self.members.nodes(), protocol.FINISH, Payload(), deadline_seconds=_FINISH_SECONDS)
 
 
-def _merge_attempts(earlier: Sequence[SiteRecord], later: Sequence[SiteRecord]) -> list[SiteRecord]:
-    """One record for each site: the later attempt's outcome with the bytes of both."""
-    merged = {record.site: record for record in earlier}
-    for record in later:
-        if (before := merged.get(record.site)) is not None:
-            record = replace(
-                record, bytes_up=record.bytes_up + before.bytes_up, bytes_down=record.bytes_down + before.bytes_down
-            )
-        merged[record.site] = record
-    return sorted(merged.values(), key=lambda record: record.site)
-
-
-def _outcomes(records: Sequence[SiteRecord]) -> str:
-    return "; ".join(f"{r.site}: {r.status}{f' ({r.reason})' if r.reason else ''}" for r in records) or "no site"
-
-
-def _mean(values: Sequence[float], weights: Sequence[int]) -> float | None:
-    total = sum(weights)
-    return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / total if total else None
+def _head_modules(schema: ModelSchema) -> tuple[str, ...]:
+    """The modules that are trained whole, in model order: what holds the schema's arrays besides the adapter's."""
+    names = (name.rpartition(".")[0] for name in schema.state if name not in schema.adapter)
+    return tuple(dict.fromkeys(name for name in names if name))

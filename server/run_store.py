@@ -24,25 +24,23 @@ import re
 import secrets
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-
-import numpy as np
-import safetensors.numpy
 
 from giva_core.config import RunConfig, Scalar
 from giva_core.errors import CheckpointError, StoreError
 from giva_core.paths import giva_home
 from giva_core.types import Arrays, RoundRecord
 
+from .array_files import read_arrays, serialise, write_atomically
 from .store_rows import (
     PHASES,
-    SCHEMA_VERSION,
     STATUSES,
     RunSummary,
+    StoredState,
     begun,
-    create_schema,
+    connected,
+    file_row,
     insert,
     insert_round,
     read_rounds,
@@ -50,25 +48,6 @@ from .store_rows import (
 )
 
 __all__ = ["PHASES", "RunStore", "RunSummary", "StoredState", "default_root", "write_atomically"]
-
-_BUSY_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class StoredState:
-    """The global state after a phase.
-
-    Attributes:
-        phase: `head` or `train`, or another phase that was recorded with arrays.
-        round: The round within the phase, from 1.
-        arrays: The global arrays by name, in the order in which they were recorded.
-        extra: What the strategy keeps beside them; empty if nothing.
-    """
-
-    phase: str
-    round: int
-    arrays: Arrays
-    extra: Arrays
 
 
 def default_root() -> Path:
@@ -296,12 +275,12 @@ class RunStore:
     def _replacing(self, run_id: str, files: Mapping[str, Arrays | None]) -> Iterator[sqlite3.Connection]:
         """A transaction that also replaces the run's `files`; None removes one. All of it happens, or nothing."""
         with self._snapshot() as db:
-            old = {name: row[0] for name in files if (row := _file_row(db, run_id, name)) is not None}
+            old = {name: row[0] for name in files if (row := file_row(db, run_id, name)) is not None}
         new: list[tuple[str, str, str, str, str]] = []
         for name, arrays in files.items():
             if arrays is not None:
                 path = f"{name}.safetensors" if old.get(name) != f"{name}.safetensors" else f"{name}.again.safetensors"
-                content = _serialise(arrays)
+                content = serialise(arrays)
                 write_atomically(self.run_folder(run_id) / path, content)
                 new.append((run_id, name, path, hashlib.sha256(content).hexdigest(), json.dumps(list(arrays))))
         with self._transaction() as db:
@@ -319,7 +298,7 @@ class RunStore:
         seen: dict[str, tuple[str, str, str]] = {}
         while True:
             with self._guarded("the files cannot be read"), self._snapshot() as db:
-                rows = {name: row for name in names if (row := _file_row(db, run_id, name)) is not None}
+                rows = {name: row for name in names if (row := file_row(db, run_id, name)) is not None}
             try:
                 return {name: self._read_file(run_id, *row) for name, row in rows.items()}
             except CheckpointError:
@@ -328,22 +307,7 @@ class RunStore:
                 seen = rows
 
     def _read_file(self, run_id: str, path: str, sha256: str, names: str) -> Arrays:
-        file = self.run_folder(run_id) / path
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise CheckpointError(
-                f"{file} cannot be read", got=error.strerror, remedy="restore the file from a backup"
-            ) from error
-        if (found := hashlib.sha256(content).hexdigest()) != sha256:
-            raise CheckpointError(
-                f"{file} is not what was recorded",
-                got=f"SHA-256 {found[:12]}…",
-                expected=f"{sha256[:12]}…",
-                cause="a damaged disk, or the file was changed by hand",
-                remedy="restore the file from a backup",
-            )
-        arrays = safetensors.numpy.load(content)
+        arrays = read_arrays(self.run_folder(run_id) / path, sha256)
         return {name: arrays[name] for name in json.loads(names)}
 
     # -- the database --------------------------------------------------------------------------------------------------
@@ -362,31 +326,16 @@ class RunStore:
             ) from error
 
     @contextlib.contextmanager
-    def _connection(self, target: Path | str) -> Iterator[sqlite3.Connection]:
-        with contextlib.closing(sqlite3.connect(target, timeout=_BUSY_SECONDS, isolation_level=None)) as db:
-            db.execute("PRAGMA foreign_keys = ON")
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version > SCHEMA_VERSION:
-                raise StoreError(
-                    f"{self.database} was written by a newer version",
-                    got=f"schema {version}",
-                    expected=f"at most {SCHEMA_VERSION}",
-                    remedy="upgrade fedgiva, or choose another store with --store",
-                )
-            if version == 0:
-                create_schema(db)
-            yield db
-
-    @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         self.root.mkdir(parents=True, exist_ok=True)
-        with self._connection(self.database) as db, begun(db, "IMMEDIATE"):
+        with connected(self.database) as db, begun(db, "IMMEDIATE"):
             yield db
 
     @contextlib.contextmanager
     def _snapshot(self) -> Iterator[sqlite3.Connection]:
         """One consistent view, whatever writers do meanwhile."""
-        with self._connection(self.database if self.database.exists() else ":memory:") as db, begun(db, "DEFERRED"):
+        target = self.database if self.database.exists() else ":memory:"
+        with connected(target) as db, begun(db, "DEFERRED"):
             yield db
 
     def _touch(self, db: sqlite3.Connection, run_id: str) -> None:
@@ -395,32 +344,5 @@ class RunStore:
             raise StoreError(f"there is no run '{run_id}'", remedy="create the run first")
 
 
-def _file_row(db: sqlite3.Connection, run_id: str, name: str) -> tuple[str, str, str] | None:
-    return db.execute("SELECT path, sha256, arrays FROM files WHERE run_id = ? AND name = ?", (run_id, name)).fetchone()
-
-
 def _state_name(phase: str, number: int) -> str:
     return f"{phase}-{number:04d}"
-
-
-def _serialise(arrays: Arrays) -> bytes:
-    """safetensors' bytes; it writes memory as it lies, so views are made contiguous first."""
-    return safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in arrays.items()})
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is complete or not there, even after a loss of power; one of that name is replaced."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name must be on disk before the database refers to it
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -6,18 +6,20 @@ The ClientApp is named by reference, as Flower names it, since the server knows 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from giva_core.config import RunConfig
-from giva_core.errors import DataError, StoreError
-from giva_core.paths import expand
+from giva_core.errors import StoreError
+from giva_core.sites import site_folders
 from giva_core.types import RoundRecord
 
 from .app import server_versions
 from .local_grid import App, LocalGrid
 from .rounds import Federation
 from .run_store import RunStore
+from .strategy import make_aggregator
 
 CLIENT_APP = "client.app:app"
 ENGINE = "simulate"
@@ -39,25 +41,16 @@ def simulated_nodes(config: RunConfig) -> dict[int, Mapping[str, Any]]:
     Raises:
         DataError: There is no such folder, or nothing in it.
     """
-    root = expand(config.data.folder)
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir()] if config.data.folder and root.is_dir() else []
-    if not folders:
-        raise DataError(
-            "there are no sites to simulate",
-            got=f"data.folder = '{config.data.folder}'",
-            expected="a folder with one sub-folder for each site",
-            cause="the data is not prepared yet, or lies elsewhere",
-            remedy="run `giva data prepare`, or correct data.folder",
-        )
-    count = len(folders)
+    count = len(site_folders(config.data))
     return {_FIRST_NODE_ID + index: {"partition-id": index, "num-partitions": count} for index in range(count)}
 
 
 def simulate(config: RunConfig, store: RunStore, watch: Watch = lambda record: None) -> str:
     """Run a federation from its start; returns the run's id."""
-    nodes = simulated_nodes(config)
+    make_aggregator(config)  # a strategy that is refused must not leave a run behind
+    grid = _grid(config)
     run_id = store.create_run(config, ENGINE, server_versions())
-    _run(config, store, run_id, nodes, watch)
+    Federation(grid, config, store, run_id, watch).run()
     return run_id
 
 
@@ -75,10 +68,11 @@ def resume(run_id: str, store: RunStore, watch: Watch = lambda record: None) -> 
             remedy=f"continue it where it ran: flwr run . -c 'resume=\"{run.run_id}\"'",
         )
     if run.status != "completed":
-        _run(run.config, store, run.run_id, simulated_nodes(run.config), watch)
+        Federation(_grid(run.config), run.config, store, run.run_id, watch).run()
     return run.run_id
 
 
-def _run(config: RunConfig, store: RunStore, run_id: str, nodes: Mapping[int, Mapping[str, Any]], watch: Watch) -> None:
-    grid = LocalGrid(load_app(), nodes, config.to_flat())
-    Federation(grid, config, store, run_id, watch).run()
+def _grid(config: RunConfig) -> LocalGrid:
+    # sites take folders that the run names only on a machine that says it simulates; server and sites are one here
+    os.environ.setdefault("GIVA_SIMULATION", "1")
+    return LocalGrid(load_app(), simulated_nodes(config), config.to_flat())

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
 
 from giva_core import bases, calibration, protocol
 from giva_core.calibration import Sketches, Stage
 from giva_core.config import GivaConfig
-from giva_core.errors import GivaError
+from giva_core.errors import GivaError, UpdateError
 from giva_core.protocol import Hello, Payload
 from giva_core.types import Arrays, ModelSchema, QuantisedSketch, SiteRecord
 
 from .exchange import Answer, site_record
 from .guard import check_sketch_counts
+
+NORM_FACTOR = 100.0  # a site's sketch may be this much larger than the median of the sites'
+_LARGEST_NORM = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -58,22 +64,55 @@ def read_sketches(
 ) -> HeardSketches:
     """Check every answer; one that does not qualify is refused with its reason."""
     shapes = calibration.sketch_shapes(stage, schema.layers, schema.ranks, giva)
-    heard = HeardSketches([], [], [], [])
+    records = {answer.site: site_record(answer) for answer in answers}
+    found: dict[str, Sketches] = {}
     for answer in answers:
-        record = site_record(answer)
-        if answer.payload is not None:
-            try:
-                sketches = protocol.unpack_sketches(answer.payload, shapes)
-                count, loss = answer.payload.integer("num-examples"), answer.payload.number("loss")
-                check_sketch_counts(count, loss, hellos[answer.site])
-                heard.sketches.append(sketches)
-                heard.weights.append(count)
-                heard.losses.append(loss)
-                record = replace(record, num_examples=count, train_loss=loss)
-            except GivaError as error:
-                record = replace(record, status="refused", reason=str(error))
-        heard.records.append(record)
-    return heard
+        if answer.payload is None:
+            continue
+        try:
+            sketches = protocol.unpack_sketches(answer.payload, shapes)
+            count, loss = answer.payload.integer("num-examples"), answer.payload.number("loss")
+            check_sketch_counts(count, loss, hellos[answer.site], giva)
+            found[answer.site] = sketches
+            records[answer.site] = replace(records[answer.site], num_examples=count, train_loss=loss)
+        except GivaError as error:
+            records[answer.site] = replace(records[answer.site], status="refused", reason=str(error))
+    for site, reason in _too_large({site: sketch_norm(sketches) for site, sketches in found.items()}).items():
+        del found[site]
+        records[site] = replace(records[site], status="refused", reason=reason, num_examples=0, train_loss=None)
+    counted = [records[site] for site in found]
+    return HeardSketches(
+        list(found.values()),
+        [record.num_examples for record in counted],
+        [record.train_loss or 0.0 for record in counted],
+        list(records.values()),
+    )
+
+
+def sketch_norm(sketches: Sketches) -> float:
+    """`‖Y‖_F` over all layers, from codes and exponents."""
+    squares = 0.0
+    for sketch in sketches.values():
+        columns = np.sum(np.square(sketch.codes, dtype=np.float64), axis=0)
+        squares += float(np.sum(np.ldexp(columns, 2 * sketch.exponents)))
+    return float(np.sqrt(squares))
+
+
+def _too_large(norms: Mapping[str, float]) -> dict[str, str]:
+    """Reason by site for sketches that would drown the others': the mean is linear, so one could choose the bases.
+
+    With three sites or more the median is the measure; it takes half of the sites to move it. With fewer there is
+    nothing to compare with, and only what float32 could not hold is refused.
+    """
+    middle = median(norms.values()) if len(norms) >= 3 else 0.0
+    limit = NORM_FACTOR * middle if middle > 0 else _LARGEST_NORM
+    return {
+        site: str(
+            UpdateError("the sketch is far larger than the other sites'", got=f"{norm:.4g}", expected=f"<= {limit:.4g}")
+        )
+        for site, norm in norms.items()
+        if norm > limit
+    }
 
 
 def sketches_to_arrays(sketches: Sketches, coordinates: Sketches | None) -> Arrays:

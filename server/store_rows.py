@@ -8,12 +8,14 @@ import math
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from giva_core.config import RunConfig, Scalar
 from giva_core.errors import GivaError, StoreError
-from giva_core.types import RoundRecord, SiteRecord
+from giva_core.types import Arrays, RoundRecord, SiteRecord
 
+_BUSY_SECONDS = 30.0
 SCHEMA_VERSION = 1
 #: The phases of a run, in the order in which they happen.
 PHASES = ("hello", "head", "calibrate", "bases", "train")
@@ -113,6 +115,45 @@ class RunSummary:
             ) from error
 
 
+@dataclass(frozen=True)
+class StoredState:
+    """The global state after a phase.
+
+    Attributes:
+        phase: `head` or `train`, or another phase that was recorded with arrays.
+        round: The round within the phase, from 1.
+        arrays: The global arrays by name, in the order in which they were recorded.
+        extra: What the strategy keeps beside them; empty if nothing.
+    """
+
+    phase: str
+    round: int
+    arrays: Arrays
+    extra: Arrays
+
+
+@contextlib.contextmanager
+def connected(target: Path | str) -> Iterator[sqlite3.Connection]:
+    """A connection to the database at `target`, its tables made if need be.
+
+    Raises:
+        StoreError: It was written by a newer version.
+    """
+    with contextlib.closing(sqlite3.connect(target, timeout=_BUSY_SECONDS, isolation_level=None)) as db:
+        db.execute("PRAGMA foreign_keys = ON")
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{target} was written by a newer version",
+                got=f"schema {version}",
+                expected=f"at most {SCHEMA_VERSION}",
+                remedy="upgrade fedgiva, or choose another store with --store",
+            )
+        if version == 0:
+            create_schema(db)
+        yield db
+
+
 @contextlib.contextmanager
 def begun(db: sqlite3.Connection, kind: str) -> Iterator[None]:
     """A transaction of the given kind: committed at the end, rolled back at an error."""
@@ -191,6 +232,11 @@ def read_summary(db: sqlite3.Connection, row: tuple[Any, ...]) -> RunSummary:
     decoded = [json.loads(text) for text in (settings, versions, facts)]
     values = [*head, *decoded, rounds_done, train_loss, eval_loss, metrics, bytes_up, bytes_down, seconds]
     return RunSummary(*values)
+
+
+def file_row(db: sqlite3.Connection, run_id: str, name: str) -> tuple[str, str, str] | None:
+    """Path, SHA-256 and array names of one of the run's files, if the database knows it."""
+    return db.execute("SELECT path, sha256, arrays FROM files WHERE run_id = ? AND name = ?", (run_id, name)).fetchone()
 
 
 def _cell(record: RoundRecord | SiteRecord, name: str) -> Any:

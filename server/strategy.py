@@ -103,6 +103,9 @@ class FlowerAggregator:
         kept = [value for value in vars(self.strategy).values() if isinstance(value, ArrayRecord) or _is_arrays(value)]
         if any(set(value) != set(arrays) for value in kept):
             self.strategy = copy.deepcopy(self._fresh)
+        # FedAvgM remembers the arrays it made; the round loop may have kept some of them as they were
+        if hasattr(self.strategy, "current_arrays"):
+            self.strategy.current_arrays = None
         messages = list(self.strategy.configure_train(server_round, _record(arrays), ConfigRecord(), _OneNode()))
         config = next(iter(messages[0].content.config_records.values())) if messages else {}
         return float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ def main() -> None:
     block = re.compile(r"\[tool\.flwr\.app\.config\]\n.*?(?=\n# ---|\n\[tool\.(?!flwr\.app\.config))", re.DOTALL)
     path.write_text(block.sub(lambda _: render_defaults().rstrip("\n") + "\n", text, count=1), encoding="utf-8")
     path = PROJECT / "docs" / "configuration.md"
-    intro = path.read_text(encoding="utf-8").partition("\n## ")[0]
+    intro = path.read_text(encoding="utf-8").partition("\n## Top level")[0]
     path.write_text(intro + "\n" + render_settings(), encoding="utf-8")
 
 

@@ -37,6 +37,12 @@ def finished_report(store: RunStore, run_id: str) -> Report:
     )
     columns = ("round", "train loss", "eval loss", main, f"worst {main}", "aggregation error", "up", "down", "seconds")
     adapter = store.adapter_folder(run_id)
+    troubles = [
+        f"{site.site}: {site.status} in {record.phase} {record.round}: {site.reason}"
+        for record in store.rounds(run_id)
+        for site in record.sites
+        if site.status != "ok"
+    ]
     data = {
         "run_id": run_id,
         "status": summary.status,
@@ -46,12 +52,6 @@ def finished_report(store: RunStore, run_id: str) -> Report:
         "rounds_done": len(records),
         "troubles": troubles,
     }
-    troubles = [
-        f"{site.site}: {site.status} in {record.phase} {record.round}: {site.reason}"
-        for record in store.rounds(run_id)
-        for site in record.sites
-        if site.status != "ok"
-    ]
     notes = (
         *troubles[:_SHOWN],
         *([f"and {len(troubles) - _SHOWN} more; see giva round show"] if len(troubles) > _SHOWN else []),

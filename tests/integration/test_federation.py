@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from client.alone import site_at, train_alone
 from giva_core.checkpoint import load_adapter
 from giva_core.config import RunConfig
-from giva_core.errors import GivaError, QuorumError
+from giva_core.errors import BasesError, ConfigError, GivaError, QuorumError
 from server.run_store import RunStore
 from server.simulate import resume, simulate
 
@@ -69,7 +70,7 @@ def test_same_seed_same_bytes_and_another_seed_other_bytes(toy_config, store):
 
 @pytest.mark.parametrize("settings", [{}, {"giva__init": "topsv", "giva__power_passes": 0}])
 def test_one_site_equals_training_alone_bit_for_bit(toy_config, toy_folder, tmp_path, store, settings):
-    config = toy_config.replace(rounds__min_sites=1, **settings)
+    config = toy_config.replace(rounds__min_sites=1, rounds__quorum=1, **settings)
     alone = tmp_path / "one"
     alone.mkdir()
     (alone / "site-2").symlink_to(toy_folder / "site-2")
@@ -78,7 +79,9 @@ def test_one_site_equals_training_alone_bit_for_bit(toy_config, toy_folder, tmp_
     assert result.bases_digest == store.run(run_id).facts["bases_digest"]
     assert result.arrays_digest == store.run(run_id).facts["arrays_digest"]
     assert same_bytes(result.arrays, store.last_state(run_id).arrays)
-    assert same_bytes(load_adapter(tmp_path / "adapter").arrays, load_adapter(store.adapter_folder(run_id)).arrays)
+    alone_adapter, adapter = load_adapter(tmp_path / "adapter"), load_adapter(store.adapter_folder(run_id))
+    assert same_bytes(alone_adapter.arrays, adapter.arrays)
+    assert alone_adapter.metadata.head_modules == adapter.metadata.head_modules == ("classifier",)
 
 
 @pytest.mark.parametrize("init", ["topsv", "secsv", "rowalign"])
@@ -106,6 +109,20 @@ def test_modes(toy_config, store, mode):
             record.sites[0].bytes_up for record in records
         ]  # lambda_o, lambda_s, lambda_o: the shorter one is less
         assert sizes[1] < sizes[0] and sizes[1] < sizes[2]
+
+
+def test_alternate_stays_exact_where_momentum_moves_all_arrays(toy_config, store):
+    momentum = {"strategy__name": "fedavgm", "strategy__options": '{"server_momentum": 0.9}'}
+    run_id = run(toy_config.replace(rounds__mode="alternate", rounds__num_rounds=4, **momentum), store)
+    plain = run(toy_config.replace(rounds__mode="alternate", rounds__num_rounds=4), store)
+    assert not same_bytes(store.last_state(run_id).arrays, store.last_state(plain).arrays)
+    states = [
+        store._load(run_id, [f"train-{number:04d}"])[f"train-{number:04d}"] for number in range(1, 5)
+    ]  # lambda_o, lambda_s, lambda_o, lambda_s
+    for number, (before, after) in enumerate(itertools.pairwise(states), start=2):
+        resting = ".lambda_o" if number % 2 == 0 else ".lambda_s"
+        names = [name for name in after if ".lambda_" in name]
+        assert all(np.array_equal(before[name], after[name]) == name.endswith(resting) for name in names)
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedadam"])
@@ -202,8 +219,8 @@ def spoil(folder: Path, tmp_path: Path, site: str, rows: list[dict[str, object]]
     ("rows", "reason"),
     [
         ([], "data: "),
-        ([{"text": "a b", "label": "purple-secret"}], "line 1: label unknown"),
-        ([{"words": "a secret", "label": "left"}], "has no column 'text'"),
+        ([{"text": "a b", "label": "purple-secret"}], "data: unusable rows (label unknown)"),
+        ([{"words": "a secret", "label": "left"}], "lacks a column"),
     ],
 )
 def test_bad_data_at_one_site_is_told_without_content_and_the_others_go_on(
@@ -314,6 +331,45 @@ def test_a_configuration_that_fits_no_site_fails_with_the_sites_reasons(toy_conf
 def test_rank_above_what_the_gradient_has_is_refused_by_layer(toy_config, store):
     with pytest.raises(GivaError, match=r"attention.* too low a rank; got 15 directions .* expected at least 16"):
         run(toy_config.replace(giva__rank=500, giva__calibration_batches=4), store)
+
+
+def test_other_bases_than_those_of_the_start_are_refused_on_resume(toy_config, store):
+    run_id = run(toy_config, store)
+    store.set_status(run_id, "failed", "for the test")
+    store.set_facts(run_id, {"bases_digest": "0" * 64})
+    with pytest.raises(BasesError, match=r"expected 000000000000.*finish the run with the version that began it"):
+        resume(run_id, store)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [(short_update, "cannot be read"), (nan_update, "is not what it said when it joined")]
+)
+def test_a_wrong_starting_head_costs_that_site_alone(toy_config, store, monkeypatch, change, reason):
+    from client.app import app
+
+    def lying(message, context):
+        reply = app(message, context)
+        if context.node_id == 1001 and message.metadata.message_type == "query.state":
+            change(reply.content)
+        return reply
+
+    monkeypatch.setattr("server.simulate.load_app", lambda: lying)
+    run_id = run(toy_config.replace(rounds__min_sites=2, rounds__num_rounds=1), store)
+    [record] = store.rounds(run_id, "hello")[1].sites
+    assert (record.site, record.status) == ("site-1", "refused") and reason in record.reason
+    assert [site.site for site in store.rounds(run_id, "train")[0].sites] == ["site-2", "site-3"]
+
+
+def test_a_refused_strategy_leaves_no_run_behind(toy_config, store):
+    with pytest.raises(ConfigError, match="not a known strategy"):
+        run(toy_config.replace(strategy__name="no-such"), store)
+    assert store.runs() == []
+
+
+def test_a_site_s_versions_and_device_are_facts_of_the_run(toy_config, store):
+    facts = store.run(run(toy_config.replace(rounds__num_rounds=1), store)).facts
+    assert {facts[f"site.site-{number}.device"] for number in (1, 2, 3)} == {"cpu"}
+    assert "torch" in facts["site.site-2.versions"]
 
 
 def test_a_corrupt_state_is_refused_on_resume(toy_config, store, monkeypatch):

@@ -38,6 +38,7 @@ class ScriptedGrid(LocalGrid):
         super().__init__(app, {node_id: {} for node_id in NODES.values()}, {})  # type: ignore[arg-type]
         self.silent, self.unsent = silent, unsent
         self.asked: dict[str, Message] = {}
+        self.came: list[int] = []
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         messages = list(messages)
@@ -48,6 +49,7 @@ class ScriptedGrid(LocalGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         heard = [i for i in message_ids if self.asked[i].metadata.dst_node_id not in self.silent]
+        self.came += [self.asked[i].metadata.dst_node_id for i in heard[-1:]]
         return super().pull_messages(heard[-1:])
 
 
@@ -70,12 +72,9 @@ def test_payload_comes_back_through_flower_s_records() -> None:
 
 
 def test_answers_are_sorted_by_site_whatever_order_they_came_in() -> None:
-    came: list[str] = []
     grid = ScriptedGrid()
-    answers = ask(
-        grid, NODES, "query.hello", QUESTION, deadline_seconds=60, on_answer=lambda answer: came.append(answer.site)
-    )
-    assert came == ["site-b", "site-a", "site-c"]
+    answers = ask_all(grid)
+    assert grid.came == [13, 12, 11]
     assert [(a.site, a.node_id, a.status, a.reason) for a in answers] == [
         ("site-a", 12, "ok", ""),
         ("site-b", 13, "ok", ""),
@@ -141,18 +140,62 @@ def test_long_reasons_are_cut() -> None:
 
 
 def test_sites_without_an_answer_at_the_deadline_are_missing() -> None:
-    told: list[str] = []
-    grid = ScriptedGrid(silent={11, 13})
-    answers = ask(
-        grid, NODES, "query.hello", QUESTION, deadline_seconds=0.05, on_answer=lambda answer: told.append(answer.site)
-    )
+    answers = ask_all(ScriptedGrid(silent={11, 13}), deadline=0.05)
     assert [(a.site, a.status, a.reason) for a in answers] == [
         ("site-a", "ok", ""),
         ("site-b", "missing", "no answer within 0.05 s"),
         ("site-c", "missing", "no answer within 0.05 s"),
     ]
-    assert sorted(told) == [a.site for a in answers]
     assert all(a.bytes_down > 0 and (a.bytes_up == 0) == (a.status == "missing") for a in answers)
+
+
+class Clock:
+    """A clock that a second passes on at every look."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        pass
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(exchange, "time", made)
+    return made
+
+
+def test_nobody_waits_for_nodes_that_have_left(clock: Clock) -> None:
+    class Leaving(ScriptedGrid):
+        def get_node_ids(self) -> Iterable[int]:
+            return [12]
+
+    answers = ask_all(Leaving(silent={11, 13}), deadline=3600.0)
+    assert [(a.site, a.status, a.reason) for a in answers] == [
+        ("site-a", "ok", ""),
+        ("site-b", "missing", "node left"),
+        ("site-c", "missing", "node left"),
+    ]
+    assert exchange.LEFT_SECONDS < clock.now < 60
+
+
+def test_a_node_that_is_out_of_sight_for_a_moment_or_not_alone_is_waited_for(clock: Clock) -> None:
+    class Blinking(ScriptedGrid):
+        def get_node_ids(self) -> Iterable[int]:
+            return [11] if clock.now % 7 < 2 else []
+
+    class OneStays(ScriptedGrid):
+        def get_node_ids(self) -> Iterable[int]:
+            return [13]
+
+    for grid in (Blinking(silent={11}), OneStays(silent={11, 13})):
+        clock.now = 0.0
+        assert {a.reason for a in ask_all(grid, deadline=300.0)} == {"", "no answer within 300 s"}
 
 
 def test_messages_that_could_not_be_sent() -> None:

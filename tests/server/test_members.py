@@ -13,11 +13,14 @@ from giva_core.errors import QuorumError
 from giva_core.protocol import HELLO, PROTOCOL_VERSION, Hello, Payload
 from giva_core.types import LayerShape, ModelSchema
 from server import exchange
-from server.exchange import from_content, to_content
+from server.absence import BackOff
+from server.exchange import Answer, from_content, to_content
 from server.local_grid import LocalGrid
 from server.members import Members
 
-CONFIG = RunConfig.from_flat({"rounds.min-sites": 2, "rounds.join-seconds": 0.02, "rounds.deadline-seconds": 0.02})
+CONFIG = RunConfig.from_flat(
+    {"rounds.min-sites": 2, "rounds.join-seconds": 0.02, "rounds.hello-seconds": 0.02, "rounds.max-site-examples": 99}
+)
 SCHEMA = ModelSchema((LayerShape("low", 7, 11),), (3,), {"head.weight": (2, 5), "head.bias": (5, 2)})
 
 
@@ -123,6 +126,10 @@ def test_sites_of_another_run_do_not_vote() -> None:
     [
         ({"config_digest": "0" * 64}, "its run configuration 000000000000… is not the run's"),
         ({"num_train": 0}, "it has no training examples"),
+        ({"num_train": 100}, "more examples than rounds.max-site-examples = 99"),
+        ({"num_train": 2**63 - 1}, "more examples than rounds.max-site-examples = 99"),
+        ({"num_eval": 100}, "more examples than rounds.max-site-examples = 99"),
+        ({"num_eval": -1}, "or fewer than none"),
         ({"model_digest": "0" * 64}, "its base model 000000000000…"),
         ({"state_digest": "0" * 64}, "its starting head 000000000000…"),
         ({"schema": replace(SCHEMA, ranks=(2,))}, "trains other layers or shapes"),
@@ -150,13 +157,40 @@ def test_answers_that_are_no_hello() -> None:
     assert found["node-5"] == ("missing", "no answer within 0.02 s")
 
 
-def test_silent_node_is_asked_again() -> None:
+def test_silent_node_is_asked_again_after_ever_longer_pauses() -> None:
+    now = [1000.0]
     grid = Sites(n1=hello("a"), n2=None)
-    members, _ = greeted(grid)
+    members = Members(grid, CONFIG, back_off=BackOff(lambda: now[0]))
+    assert [record.status for record in members.greet()] == ["ok", "missing"]
     assert members.turned_away == {}
+    for pause in (60.0, 120.0):
+        now[0] += pause - 1
+        assert members.greet() == []
+        now[0] += 1
+        assert [(record.site, record.status) for record in members.greet()] == [("node-2", "missing")]
     grid.answers[2] = hello("b")
+    now[0] += 240.0
     assert [record.site for record in members.greet()] == ["b"]
     assert members.nodes() == {"a": 1, "b": 2}
+
+
+def test_what_a_site_claims_that_is_turned_away_is_not_recorded() -> None:
+    members = Members(Sites(n1=hello("a"), n2=hello("b", num_train=2**63 - 1)), CONFIG)
+    assert [(record.site, record.num_examples) for record in members.greet()] == [("a", 40), ("b", 0)]
+
+
+def test_two_refused_nodes_of_one_name_have_two_records() -> None:
+    _, found = greeted(Sites(n1=hello("a"), n2=hello("b"), n3=hello("x", num_train=0), n4=hello("x", num_train=0)))
+    assert set(found) == {"a", "b", "x", "x-4"}
+    _, found = greeted(Sites(n1=hello("a"), n2=hello("a"), n3=hello("a-2")))
+    assert {site: status for site, (status, _) in found.items()} == {"a": "ok", "a-2": "ok", "a-2-2": "refused"}
+
+
+def test_a_site_may_not_be_called_like_an_unnamed_node() -> None:
+    members, found = greeted(Sites(n1=hello("a"), n2=hello("node-3"), n3="data: no rows"))
+    assert members.nodes() == {"a": 1}
+    assert "its name begins with 'node-'" in found["node-3"][1]
+    assert set(found) == {"a", "node-3", "node-3-3"}
 
 
 def test_nobody_answers() -> None:
@@ -217,6 +251,15 @@ def test_dropped_for_good_and_forgotten_for_now() -> None:
     assert members.nodes() == {} and members.turned_away == {1: "other bases"}
     assert [record.site for record in members.greet()] == ["b"]
     assert members.nodes() == {"b": 2}
+
+
+def test_benched_sites_are_spared_unless_too_few_are_left() -> None:
+    members, _ = greeted(Sites(n1=hello("a"), n2=hello("b"), n3=hello("c", num_eval=0)))
+    silent = Answer("a", 1, None, "missing")
+    members.bench.note([silent, silent])
+    assert members.active(2) == {"b": 2, "c": 3}
+    assert members.active(3) == members.nodes() == {"a": 1, "b": 2, "c": 3}
+    assert members.active(0, lambda member: member.hello.num_eval > 0) == {"b": 2}
 
 
 def test_wait_is_over_once_enough_are_connected() -> None:

@@ -22,7 +22,7 @@ from filled_store import VERSIONS, fill, other_record, train_record
 from giva_core.config import RunConfig
 from giva_core.errors import CheckpointError, StoreError
 from giva_core.types import RoundRecord, SiteRecord
-from server import run_store
+from server import run_store, store_rows
 from server.run_store import RunStore, default_root
 
 STATE = {"z.lambda_o": np.arange(5, dtype=np.float32), "a.lambda_s": np.ones(3, np.float32)}
@@ -430,7 +430,7 @@ def test_readers_see_whole_rounds_while_a_writer_replaces_them(store: RunStore, 
 
 def test_a_newer_schema_is_refused(store: RunStore, run_id: str) -> None:
     with sqlite3.connect(store.database) as db:
-        db.execute(f"PRAGMA user_version = {run_store.SCHEMA_VERSION + 1}")
+        db.execute(f"PRAGMA user_version = {store_rows.SCHEMA_VERSION + 1}")
     with pytest.raises(StoreError, match=r"newer version.*upgrade fedgiva"):
         store.runs()
 
