@@ -50,8 +50,8 @@ demo: setup-demo ## a federation of hospitals on this machine, with a real model
 demo-baselines: setup-demo ## the same beside central GiVA, FedAvg-LoRA, the frozen encoder and TF-IDF + SVM
 	$(BIN)/python benchmarks/medical.py --baselines
 
-demo-full: setup-demo ## 3,000 training questions, all baselines, three seeds; goes on where it was
-	$(BIN)/python benchmarks/medical.py --full --baselines --seeds 3
+demo-full: setup-demo ## all training questions, all baselines; goes on where it was
+	$(BIN)/python benchmarks/medical.py --full --baselines
 
 benchmark: ## list the benchmarks; each is one command
 	@for file in benchmarks/[a-z]*.py; do \

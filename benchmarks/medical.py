@@ -2,8 +2,9 @@
 
     python benchmarks/medical.py                       the demo: federated GiVA on a small subset
     python benchmarks/medical.py --baselines           and its baselines
-    python benchmarks/medical.py --full --baselines --seeds 3
-    python benchmarks/medical.py --tune                the learning rates, on the validation rows
+    python benchmarks/medical.py --full --baselines    with all training questions
+    python benchmarks/medical.py --examples 3000 --baselines --seeds 3
+    python benchmarks/medical.py --examples 3000 --baselines --tune      the learning rates, on the validation rows
 
 Every run is kept in the run store and found again by its settings: an interrupted benchmark goes on where it was. Runs
 see the training and the validation rows; the test rows are looked at once, with the last state of a finished run.
@@ -27,6 +28,7 @@ from typing import Any
 # one run to a core: two threads in one run gain less than a second run
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GIVA_SIMULATION", "1")
 
 from giva_core.config import RunConfig, parse_assignments
 from giva_core.metrics import total_metrics
@@ -41,11 +43,12 @@ from server.simulate import simulate
 Task = tuple[str, int, int, dict[str, Any], str]
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "medical.toml"
-DEMO_EXAMPLES, FULL_EXAMPLES = 1500, 0  # 0: all of them
-FULL_SETTINGS = {
+DEMO_EXAMPLES = 1500
+#: Beyond the demo: more rounds, each over a part of the data, and one evaluation at the end.
+LONGER_SETTINGS = {
     "rounds.head-rounds": 10,
     "rounds.num-rounds": 8,
-    "train.local-epochs": 0.25,
+    "train.local-epochs": 0.375,
     "rounds.evaluate-every": 100,
 }
 
@@ -126,8 +129,8 @@ def configure(method: str, seed: int, examples: int, settings: dict[str, Any]) -
     """The recipe with the method's settings, the tuned ones and those given, on this seed's split."""
     spec = METHODS[method]
     folder = data_folder(examples, seed)
-    full = FULL_SETTINGS if examples == FULL_EXAMPLES else {}
-    config = RunConfig.from_toml(RECIPE, {**full, **spec.settings, **TUNED[method], **settings})
+    longer = {} if examples == DEMO_EXAMPLES else LONGER_SETTINGS
+    config = RunConfig.from_toml(RECIPE, {**longer, **spec.settings, **TUNED[method], **settings})
     flat = {
         "giva.seed": seed,
         "data.eval-file": "validation.jsonl",
@@ -276,7 +279,8 @@ def tuning_tasks(methods: Iterable[str], examples: int, settings: dict[str, Any]
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help=f"all training questions instead of {DEMO_EXAMPLES}")
+    parser.add_argument("--examples", type=int, default=DEMO_EXAMPLES, help="training questions; 0: all of them")
+    parser.add_argument("--full", dest="examples", action="store_const", const=0, help="all training questions")
     parser.add_argument(
         "--baselines", action="store_true", help="central GiVA, head only, FedAvg-LoRA, TF-IDF + SVM as well"
     )
@@ -288,7 +292,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     options = parser.parse_args()
 
-    examples = FULL_EXAMPLES if options.full else DEMO_EXAMPLES
+    examples = options.examples
     methods = options.methods or ([*METHODS, "svm"] if options.baselines else ["giva"])
     runs = [method for method in methods if method != "svm"]
     settings = parse_assignments(options.settings)
