@@ -99,7 +99,7 @@ def test_shapes_of_what_a_site_returns(stage: str, init: str, shapes: dict[str, 
 
 
 def test_sketches_are_never_wider_than_the_layer() -> None:
-    config = dataclasses.replace(GIVA, oversampling=100)
+    config = dataclasses.replace(GIVA, oversampling=64)
     assert [calibration.width(STAGES["range"], layer, 3, config) for layer in LAYERS] == [23, 9]
 
 
