@@ -140,7 +140,9 @@ def _panel(axis: Any, lines: Sequence[_Line], drawn: Sequence[Sequence[RoundReco
         for line in dict.fromkeys(shown)
     ]
     if handles:
-        axis.legend(handles=handles, loc="best", fontsize=9)
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high + 0.22 * (high - low))  # room for the legend, so that it covers no line
+        axis.legend(handles=handles, loc="upper right", fontsize=9)
     else:
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", color=_QUIET)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
