@@ -104,7 +104,7 @@ class GivaConfig(Section):
     )
     init: str = option("rand", "how B is made", choices=INITS)
     seed: int = option(0, "the shared seed of sketches, bases, heads and data order", minimum=0, maximum=2**63 - 1)
-    oversampling: int = option(8, "sketch columns beyond the rank", minimum=0, maximum=64)
+    oversampling: int = option(24, "sketch columns beyond the rank", minimum=0, maximum=64)
     power_passes: int = option(
         1, "power iterations of the sketch; each costs two more passes over the calibration batches", minimum=0
     )

@@ -78,7 +78,7 @@ def test_methods_and_modules(settings: dict[str, object], reason: str) -> None:
 )
 @pytest.mark.parametrize("is_tall", [True, False])
 def test_sketches_of_all_passes_stay_under_their_share(settings: dict[str, object], least: int, is_tall: bool) -> None:
-    giva = config(**settings).giva
+    giva = config(giva__oversampling=8, **settings).giva
     enough = schema(700, least) if is_tall else schema(least, 700)
     Policy().check_sketches(enough, giva)
     short = schema(700, least - 1) if is_tall else schema(least - 1, 700)
