@@ -243,7 +243,7 @@ def work_off(folder: Path, settings: dict[str, Any], repeats: int) -> Simulated:
     """What a child process does."""
     count = sum(path.is_dir() for path in folder.iterdir())
     own = {"data.folder": str(folder), "data.eval-file": "validation.jsonl"}
-    sites = {"rounds.min-sites": count, "rounds.quorum": 1, "rounds.quorum": count}
+    sites = {"rounds.min-sites": count, "rounds.quorum": count}
     config = RunConfig.from_toml(RECIPE, {**own, **sites, **settings})
     return train_one(config, folder) if count == 1 else simulate_sites(config, repeats)
 
