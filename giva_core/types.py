@@ -78,14 +78,6 @@ class BasesSet:
 
 
 @dataclass(frozen=True)
-class ScalingVectors:
-    """The trained vectors of one layer, float32: `lambda_o` `(d_out,)` and `lambda_s` `(r,)`."""
-
-    lambda_o: np.ndarray
-    lambda_s: np.ndarray
-
-
-@dataclass(frozen=True)
 class ModelSchema:
     """What a model trains and sends; equal at every site, or the sites do not fit together.
 
