@@ -41,8 +41,8 @@ def continued_config(given: RunConfig, stored: RunConfig) -> RunConfig:
             got=f"{given.digest()[:12]}…",
             expected=f"{stored.digest()[:12]}…",
             cause="`flwr run` fills in the app's defaults where it is given `resume` alone",
-            remedy="pass the same --run-config file as at the start, together with "
-            f"--run-config 'resume=\"{given.resume}\"'",
+            # Flower takes a file or key-value pairs, not both
+            remedy=f'add the line resume = "{given.resume}" to the top of the file that started it, and use that again',
         )
     return stored
 

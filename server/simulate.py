@@ -65,7 +65,7 @@ def resume(run_id: str, store: RunStore, watch: Watch = lambda record: None) -> 
         raise StoreError(
             f"run {run.run_id} was not started by `giva simulate`",
             got=f"engine {run.engine}",
-            remedy=f"continue it where it ran: flwr run . -c 'resume=\"{run.run_id}\"'",
+            remedy=f'add the line resume = "{run.run_id}" to the top of its --run-config file, and `flwr run` it again',
         )
     if run.status != "completed":
         Federation(_grid(run.config), run.config, store, run.run_id, watch).run()
