@@ -31,7 +31,7 @@ from .config import GivaConfig
 from .errors import ProtocolError
 from .types import Arrays, ClientUpdate, LayerShape, ModelSchema, QuantisedSketch, SiteEvaluation
 
-#: Raised with every change of a message's form; a site and a server of different versions refuse each other.
+#: Raised with every change of a message's form; the server turns away sites of another version.
 PROTOCOL_VERSION = 1
 
 #: What a site may be called; the name becomes part of tables, files and logs.
