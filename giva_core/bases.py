@@ -127,34 +127,38 @@ def mean_sketch(sketches: Sequence[QuantisedSketch], weights: Sequence[int], bit
     return quantise(mean_of_sketches(sketches, weights), bits)
 
 
-def range_basis(sketch: QuantisedSketch, layer: LayerShape | None = None) -> np.ndarray:
-    """`orth(Y)`, the start of the next pass of a power iteration; equal at every site.
+def range_bases(layers: Sequence[LayerShape], sketches: Sequence[QuantisedSketch]) -> list[np.ndarray]:
+    """`orth(Y)` of each layer, the start of the next pass of a power iteration; equal at every site.
 
     Null directions, which a gradient of low rank has, are filled with random ones orthogonal to the rest: the shape
     stays what was agreed and the next pass looks for the gradient there too. Whether the rank suffices is decided
-    where A is made, in `row_space`.
+    where A is made, in `row_spaces`.
 
     Args:
-        sketch: The aggregate `Y (n, q)`, q <= n.
-        layer: The layer it is of, for the error's text.
+        layers: The layers.
+        sketches: The aggregate `Y (n, q)` of each, q <= n.
 
     Returns:
-        float32 `(n, q)`, orthonormal columns.
+        float32 `(n, q)` for each, orthonormal columns.
 
     Raises:
-        BasesError: The sketch is zero, wider than high, or malformed.
+        BasesError: A sketch is zero, wider than high, or malformed.
     """
-    name = "a layer" if layer is None else layer.name
-    n, q = sketch.codes.shape
-    if q > n:
-        raise BasesError(f"the sketch of {name} is wider than high", got=f"({n}, {q})", expected="q <= n")
-    Q = exact.orthonormalise(sketch.codes, sketch.exponents).Q
-    if Q.shape[1] == 0:
-        raise _too_low_rank(name, 0, 1)
-    if Q.shape[1] < q:
-        fill = exact.uniform(0, "range", (n, q - Q.shape[1])).astype(np.float64)
-        Q = exact.gram_schmidt(*exact.quantise(np.concatenate([Q, fill], axis=1), _FRAME_BITS))
-    return Q.astype(np.float32)
+    for layer, sketch in zip(layers, sketches, strict=True):
+        n, q = np.shape(sketch.codes)
+        if q > n:
+            raise BasesError(f"the sketch of {layer.name} is wider than high", got=f"({n}, {q})", expected="q <= n")
+    found = exact.orthonormalise_all([(sketch.codes, sketch.exponents) for sketch in sketches])
+    made = []
+    for layer, sketch, factor in zip(layers, sketches, found, strict=True):
+        Q, (n, q) = factor.Q, sketch.codes.shape
+        if Q.shape[1] == 0:
+            raise _too_low_rank(layer.name, 0, 1)
+        if Q.shape[1] < q:
+            fill = exact.uniform(0, "range", (n, q - Q.shape[1])).astype(np.float64)
+            Q = exact.gram_schmidt(*exact.quantise(np.concatenate([Q, fill], axis=1), _FRAME_BITS))
+        made.append(Q.astype(np.float32))
+    return made
 
 
 def coordinate_rank(config: GivaConfig, layer: LayerShape, r: int) -> int:
@@ -174,21 +178,27 @@ def coordinate_rank(config: GivaConfig, layer: LayerShape, r: int) -> int:
     return wanted
 
 
-def row_space(layer: LayerShape, sketch: QuantisedSketch, r: int) -> np.ndarray:
-    """`A'`: the r leading directions of the gradient's row space.
+def row_spaces(
+    layers: Sequence[LayerShape], sketches: Sequence[QuantisedSketch], ranks: Sequence[int]
+) -> list[np.ndarray]:
+    """`A'` of each layer: the r leading directions of its gradient's row space.
 
     Args:
-        layer: The layer.
-        sketch: The aggregate `Y = GᵀΩ (d_in, q)`, q >= r.
-        r: Rows wanted; `coordinate_rank` for the extra pass.
+        layers: The layers.
+        sketches: The aggregate `Y = GᵀΩ (d_in, q)` of each, q >= r.
+        ranks: Rows wanted of each; `coordinate_rank` for the extra pass.
 
     Returns:
-        float32 `(r, d_in)`, orthonormal rows by falling singular value of Y, the largest entry of each positive.
+        float32 `(r, d_in)` for each, orthonormal rows by falling singular value of Y, the largest entry of each
+        positive.
 
     Raises:
-        BasesError: The sketch is malformed or has fewer than r directions above its own rounding.
+        BasesError: A sketch is malformed or has fewer than r directions above its own rounding.
     """
-    return _row_spaces([layer], [sketch], [r])[0]
+    found = exact.orthonormalise_all([(sketch.codes, sketch.exponents) for sketch in sketches])
+    for layer, factor, r in zip(layers, found, ranks, strict=True):
+        _check_rank(layer, factor, r)
+    return [np.ascontiguousarray(factor.Q[:, :r].T, np.float32) for factor, r in zip(found, ranks, strict=True)]
 
 
 # -- bases -------------------------------------------------------------------------------------------------------------
@@ -203,7 +213,7 @@ def build_bases(
 ) -> BasesSet:
     """A and B of every layer.
 
-    With `A' = row_space(Y)` and `Z = G A'ᵀ = U S Wᵀ`, hence `G A'ᵀA' = U S (Wᵀ A')`:
+    With `A' = row_spaces(Y)` and `Z = G A'ᵀ = U S Wᵀ`, hence `G A'ᵀA' = U S (Wᵀ A')`:
 
     | init | A | B |
     |---|---|---|
@@ -225,20 +235,20 @@ def build_bases(
     pairs = list(zip(layers, ranks, strict=True))
     kept = [coordinate_rank(config, layer, r) for layer, r in pairs]
     chosen = _select(sketches, [(layer.name, (layer.d_in, None)) for layer in layers], "sketch")
-    row_spaces = _row_spaces(layers, chosen, kept)
+    spaces = row_spaces(layers, chosen, kept)
     built: dict[str, Bases] = {}
     if config.init == "rand":
-        for (layer, r), A in zip(pairs, row_spaces, strict=True):
+        for (layer, r), A in zip(pairs, spaces, strict=True):
             built[layer.name] = Bases(A, _random_columns(config.seed, layer, r))
         return BasesSet(built, config.init, bases_digest(built, config.init))
     wanted = [(layer.name, (layer.d_out, k)) for layer, k in zip(layers, kept, strict=True)]
     projected = _select(coordinates or {}, wanted, "coordinate sketch")
     if config.init == "rowalign":
-        for (layer, _), A, Z in zip(pairs, row_spaces, projected, strict=True):
+        for (layer, _), A, Z in zip(pairs, spaces, projected, strict=True):
             built[layer.name] = Bases(A, exact.unit_rows(Z.codes, Z.exponents).astype(np.float32))
         return BasesSet(built, config.init, bases_digest(built, config.init))
     factors = exact.orthonormalise_all([(Z.codes, Z.exponents) for Z in projected])
-    for (layer, r), k, A, factor in zip(pairs, kept, row_spaces, factors, strict=True):
+    for (layer, r), k, A, factor in zip(pairs, kept, spaces, factors, strict=True):
         _check_rank(layer, factor, k)
         built[layer.name] = _singular_pair(A, factor, r)
     return BasesSet(built, config.init, bases_digest(built, config.init))
@@ -253,15 +263,6 @@ def bases_digest(layers: Mapping[str, Bases], init: str) -> str:
         digest.update(np.ascontiguousarray(A, "<f4").tobytes())
         digest.update(np.ascontiguousarray(B, "<f4").tobytes())
     return digest.hexdigest()
-
-
-def _row_spaces(
-    layers: Sequence[LayerShape], sketches: Sequence[QuantisedSketch], ranks: Sequence[int]
-) -> list[np.ndarray]:
-    found = exact.orthonormalise_all([(sketch.codes, sketch.exponents) for sketch in sketches])
-    for layer, factor, r in zip(layers, found, ranks, strict=True):
-        _check_rank(layer, factor, r)
-    return [np.ascontiguousarray(factor.Q[:, :r].T, np.float32) for factor, r in zip(found, ranks, strict=True)]
 
 
 def _random_columns(seed: int, layer: LayerShape, r: int) -> np.ndarray:

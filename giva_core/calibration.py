@@ -115,17 +115,20 @@ def multipliers(
     Raises:
         BasesError: `previous` is missing, or lacks a layer.
     """
-    if stage.name != "range" and (previous is None or any(layer.name not in previous for layer in layers)):
+    if stage.name == "range":
+        made = [
+            bases.projection(config.seed, layer, width(stage, layer, r, config))
+            for layer, r in zip(layers, ranks, strict=True)
+        ]
+    elif previous is None or any(layer.name not in previous for layer in layers):
         raise BasesError(
             f"calibration pass '{stage.name}' has no aggregate to start from", cause="a message out of order"
         )
-    made: dict[str, np.ndarray] = {}
-    for layer, r in zip(layers, ranks, strict=True):
-        if stage.name == "range":
-            made[layer.name] = bases.projection(config.seed, layer, width(stage, layer, r, config))
-        elif stage.name == "coordinates":
-            rows = bases.coordinate_rank(config, layer, r)
-            made[layer.name] = bases.row_space(layer, previous[layer.name], rows).T  # type: ignore[index]
+    else:
+        sketches = [previous[layer.name] for layer in layers]
+        if stage.name == "coordinates":
+            rows = [bases.coordinate_rank(config, layer, r) for layer, r in zip(layers, ranks, strict=True)]
+            made = [A.T for A in bases.row_spaces(layers, sketches, rows)]
         else:
-            made[layer.name] = bases.range_basis(previous[layer.name])  # type: ignore[index]
-    return made
+            made = bases.range_bases(layers, sketches)
+    return {layer.name: matrix for layer, matrix in zip(layers, made, strict=True)}

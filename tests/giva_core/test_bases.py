@@ -34,9 +34,9 @@ def calibrate(
         G = gradient(layer)
         q = config.sketch_width(RANK, min(layer.d_out, layer.d_in))
         Y = bases.quantise(G.T @ bases.projection(config.seed, layer, q), 20)
-        Z = bases.quantise(G @ bases.range_basis(Y), 20)
-        sketches[layer.name] = bases.quantise(G.T @ bases.range_basis(Z), 20)
-        A = bases.row_space(layer, sketches[layer.name], bases.coordinate_rank(config, layer, RANK))
+        Z = bases.quantise(G @ bases.range_bases([layer], [Y])[0], 20)
+        sketches[layer.name] = bases.quantise(G.T @ bases.range_bases([layer], [Z])[0], 20)
+        A = bases.row_spaces([layer], [sketches[layer.name]], [bases.coordinate_rank(config, layer, RANK)])[0]
         coordinates[layer.name] = bases.quantise(G @ A.T, 20)
     return sketches, coordinates
 
@@ -122,29 +122,29 @@ def test_means_without_meaning_are_refused() -> None:
 def test_range_basis_spans_the_sketch_and_keeps_its_width_where_the_rank_is_low() -> None:
     rng = np.random.default_rng(6)
     full = rng.standard_normal((40, 5))
-    Q = bases.range_basis(bases.quantise(full, 20))
+    [Q] = bases.range_bases(LAYERS[:1], [bases.quantise(full, 20)])
     assert Q.dtype == np.float32 and Q.shape == (40, 5) and gram_error(Q) <= 1e-6
     assert np.linalg.norm(full - Q @ (Q.T @ full)) < 1e-3
     low = full.copy()
     low[:, 2:] = low[:, :1] * np.array([1.0, 2.0, -4.0])  # rank 2, also after rounding
-    Q = bases.range_basis(bases.quantise(low, 20))
+    [Q] = bases.range_bases(LAYERS[:1], [bases.quantise(low, 20)])
     assert Q.shape == (40, 5) and gram_error(Q) <= 1e-6
     assert np.linalg.norm(low - Q @ (Q.T @ low)) < 1e-3 * np.linalg.norm(low)
-    square = bases.range_basis(bases.quantise(np.outer(np.arange(1.0, 8.0), np.ones(7)), 16))
+    [square] = bases.range_bases(LAYERS[:1], [bases.quantise(np.outer(np.arange(1.0, 8.0), np.ones(7)), 16)])
     assert square.shape == (7, 7) and gram_error(square) <= 1e-6
 
 
 def test_range_basis_refuses_zero_and_wide_sketches() -> None:
     with pytest.raises(BasesError, match=r"enc.0.wide.*gradient is zero"):
-        bases.range_basis(bases.quantise(np.zeros((9, 4)), 16), LAYERS[0])
+        bases.range_bases(LAYERS[:1], [bases.quantise(np.zeros((9, 4)), 16)])
     with pytest.raises(BasesError, match="wider than high"):
-        bases.range_basis(bases.quantise(np.ones((3, 4)), 16))
+        bases.range_bases(LAYERS[:1], [bases.quantise(np.ones((3, 4)), 16)])
 
 
 def test_row_space_equals_the_top_singular_vectors() -> None:
     layer = LAYERS[0]
     sketches, _ = calibrate(GivaConfig(rank=RANK))
-    A = bases.row_space(layer, sketches[layer.name], RANK)
+    A = bases.row_spaces([layer], [sketches[layer.name]], [RANK])[0]
     Vh = np.linalg.svd(gradient(layer))[2][:RANK]
     assert A.shape == (RANK, layer.d_in) and A.dtype == np.float32 and A.flags.c_contiguous
     assert gram_error(A.T) <= 1e-6
@@ -157,9 +157,9 @@ def test_a_gradient_of_low_rank_is_named_with_what_was_found_and_needed(bits: in
     layer, rng = LAYERS[0], np.random.default_rng(7)
     G = (rng.standard_normal((30, 2)) @ rng.standard_normal((2, 57))).astype(np.float32)
     sketch = bases.quantise(G.T @ bases.projection(0, layer, 11), bits)
-    assert bases.row_space(layer, sketch, 2).shape == (2, 57)
+    assert bases.row_spaces([layer], [sketch], [2])[0].shape == (2, 57)
     with pytest.raises(BasesError, match=r"enc.0.wide.*got 2 directions.*at least 3.*too few calibration") as caught:
-        bases.row_space(layer, sketch, 3)
+        bases.row_spaces([layer], [sketch], [3])
     assert caught.value.public is not None and layer.name not in caught.value.public
 
 
