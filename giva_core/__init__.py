@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapt import calibrate
+    from .adapter_bank import AdapterBank
     from .bases import build_bases
     from .checkpoint import load_adapter, save_adapter
     from .config import GivaConfig, RunConfig
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
     "GivaConfig",
     "GivaError",
     "GivaLinear",
@@ -58,6 +60,7 @@ __all__ = [
 
 #: Public name -> (module, name in that module).
 _DOOR = {
+    "AdapterBank": ("adapter_bank", "AdapterBank"),
     "GivaConfig": ("config", "GivaConfig"),
     "GivaError": ("errors", "GivaError"),
     "GivaLinear": ("layer", "GivaLinear"),

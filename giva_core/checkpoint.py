@@ -262,23 +262,39 @@ def load_bases(folder: str | Path) -> BasesSet:
     return BasesSet(layers, init, found)
 
 
-def load_adapter(folder: str | Path) -> Adapter:
+def load_metadata(folder: str | Path) -> AdapterMetadata:
+    """Read `adapter.json` alone: what is there, before anything large is read.
+
+    Raises:
+        CheckpointError: The file is missing, damaged or of another version.
+    """
+    return _load_metadata(Path(folder))[0]
+
+
+def load_adapter(folder: str | Path, bases: BasesSet | None = None) -> Adapter:
     """Read an adapter and check that its files are whole and belong together.
+
+    Args:
+        folder: As `save_adapter` wrote it.
+        bases: The bases that several adapters share, from `load_bases`; without, they are read from the folder.
 
     Raises:
         CheckpointError: A file is missing, damaged or of another version.
-        BasesError: The vectors were trained on other bases than those in the folder.
+        BasesError: The vectors were trained on other bases.
     """
     folder = Path(folder)
     known, hashes = _load_metadata(folder)
-    for name, expected in hashes.items():
-        found = _file_digest(folder / name)
-        if found != expected:
-            raise _damaged(folder / name, f"SHA-256 {found[:12]}…, recorded as {expected[:12]}…")
-    bases = load_bases(folder) if known.bases_digest else None
+    told_by = ADAPTER_FILE
+    if bases is None:
+        told_by = BASES_FILE
+        for name, expected in hashes.items():
+            found = _file_digest(folder / name)
+            if found != expected:
+                raise _damaged(folder / name, f"SHA-256 {found[:12]}…, recorded as {expected[:12]}…")
+        bases = load_bases(folder) if known.bases_digest else None
     present = bases.digest if bases else ""
     if present != known.bases_digest:
-        raise _foreign_bases(folder / BASES_FILE, present, known.bases_digest)
+        raise _foreign_bases(folder / told_by, present, known.bases_digest)
     path = folder / VECTORS_FILE
     header, tensors = _read_tensors(path)
     if header.get("bases_digest", "") != present:

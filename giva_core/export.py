@@ -1,14 +1,12 @@
 """An adapter back into a model: applied for use and further training, or merged into a plain transformers folder.
 
 Merging writes `W' = W + diag(lambda_o) B diag(lambda_s) A` (and a residual, where mode `exact` kept one), added in
-float32 and rounded once to the type of the frozen weights.
+float32 and rounded once to the type of the frozen weights. The formats that need no model are elsewhere: `lora_export`
+makes a LoRA of an adapter, `bank_files` keeps many adapters that share their bases.
 """
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -16,9 +14,10 @@ from torch import nn
 
 from . import inject
 from .aggregate import RESIDUAL
-from .checkpoint import Adapter, load_adapter, sync_folder
-from .config import RunConfig
+from .bank_files import new_folder, refuse_existing
+from .checkpoint import Adapter, load_adapter
 from .errors import CheckpointError
+from .model_card import merged_card
 from .models import TaskModel, load_task_model
 from .peft_lora import inject_lora
 
@@ -73,35 +72,18 @@ def merge_to_folder(adapter_folder: str | Path, model_path: str | Path, output: 
         ConfigError: The base model cannot be loaded.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} is not empty", expected="a new folder", remedy="choose another output folder")
+    refuse_existing(output)
     adapter = load_adapter(adapter_folder)
     task = load_task_model(adapter.metadata.config.replace(model__path=str(model_path)))
     base_digest = task.weights_digest()  # of the weights before they change
     apply_adapter(task, adapter)
     _merge(task.model)
-    staged = output.parent / f".{output.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        task.save(staged)
-        (staged / "README.md").write_text(_model_card(adapter, base_digest), encoding="utf-8")
-        for path in staged.rglob("*"):
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-        if output.exists():
-            output.rmdir()
-        os.replace(staged, output)
-        sync_folder(output.parent)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"the merged model could not be written to {output}",
-            got=error,
-            cause="a full disk, or a folder that may not be written to",
-            remedy="free space or choose another folder; nothing was left behind",
-        ) from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with new_folder(output) as staged:
+        try:
+            task.save(staged)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(str(error)) from error
+        (staged / "README.md").write_text(merged_card(adapter, base_digest), encoding="utf-8")
     return output
 
 
@@ -113,52 +95,3 @@ def _merge(model: nn.Module) -> None:
         if hasattr(module, "get_base_layer") and hasattr(module, "merge"):  # a PEFT layer
             module.merge(safe_merge=True)
             model.set_submodule(name, module.get_base_layer())
-
-
-# -- the model card ---------------------------------------------------------------------------------------------------
-
-
-def _model_card(adapter: Adapter, base_digest: str) -> str:
-    config, known = adapter.metadata.config, adapter.metadata
-    base = config.model.path
-    facts = [
-        ("Base model", f"{base} (SHA-256 of the model below the head {base_digest})"),
-        ("Task", f"{config.task.kind}, {max(1, len(config.task.labels))} outputs, head `{config.task.head}`"),
-        ("Method", _method(config, len(known.schema.layers))),
-        ("Texts cut after", f"{config.task.max_length} tokens"),
-        ("Trained with", ", ".join(f"{name} {version}" for name, version in known.versions.items())),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts)
-    tags = "tags: [federated-learning, fedgiva]\nlibrary_name: transformers\npipeline_tag: text-classification"
-    return (
-        f"---\n{tags}\n---\n\n# {config.name or base}, merged\n\n"
-        f"{base}, fine-tuned federatedly with fedgiva; the adapter is merged into the weights.\n\n"
-        f"| | |\n|---|---|\n{table}\n\n## Use\n\n{_usage(config)}\n\n## Licence and limits\n\n"
-        "The base model's licence holds for this model too. Evaluate it on your own data before you rely on it.\n"
-    )
-
-
-def _method(config: RunConfig, layers: int) -> str:
-    if config.method == "giva":
-        giva = config.giva
-        return (
-            f"GiVA (arXiv:2604.21901), rank {giva.rank}, init {giva.init}, {layers} layers, mode {config.rounds.mode}"
-        )
-    if config.method == "lora":
-        return f"LoRA (arXiv:2106.09685), rank {config.lora.rank}, alpha {config.lora.alpha:g}"
-    return "the task head alone"
-
-
-def _usage(config: RunConfig) -> str:
-    if config.task.head == "native":
-        name, note = "AutoModelForSequenceClassification", ""
-        imports = f"from transformers import {name}, AutoTokenizer"
-    else:
-        name = "MeanPoolingClassifier"
-        imports = f"from giva_core.models import {name}\nfrom transformers import AutoTokenizer"
-        note = (
-            "\n\nThe head is linear on the mean-pooled, normalised sentence vector times 10. `AutoModel` loads the "
-            "encoder alone; `AutoModelForSequenceClassification` would put another head on it."
-        )
-    load = f'model = {name}.from_pretrained("this-folder")\ntokenizer = AutoTokenizer.from_pretrained("this-folder")'
-    return f"```python\n{imports}\n\n{load}\n```{note}"

@@ -1,4 +1,4 @@
-"""`giva adapter`: show, verify and merge finished adapters."""
+"""`giva adapter`: show, verify and export finished adapters."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def find_adapter(store: RunStore, target: str) -> tuple[Path, RunSummary | None]
 
 @click.group()
 def adapter() -> None:
-    """Show, verify and merge finished adapters.
+    """Show, verify and export finished adapters.
 
     Name an adapter's folder, or the run that made it: its id, the beginning of one, or `last`.
     """
@@ -151,25 +151,69 @@ def verify_adapter(store: RunStore, target: str) -> Report:
     return _verified(folder, checks)
 
 
+@adapter.command("export")
+@adapter_argument
+@click.option(
+    "--format", "form", required=True, type=click.Choice(["lora", "merged", "giva"]),
+    help="lora: PEFT's format, exact; merged: a plain model; giva: vectors beside bases that tasks share.",
+)  # fmt: skip
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder; for giva, the bank's.")
+@click.option("--model", help="The base model: a folder, or its hub id.  [default: the run's]")
+@click.option("--name", help="Name of the task in the bank, for giva.  [default: the run's name, or its id]")
+@store_option
+def export_adapter(
+    store: RunStore, target: str, form: str, output: Path, model: str | None, name: str | None
+) -> Report:
+    """Write an adapter in the form that others read."""
+    folder, summary = find_adapter(store, target)
+    if name is not None and form != "giva":
+        raise ConfigError("--name is for --format giva", got=f"--format {form}")
+    if form == "merged":
+        return _merge(folder, _base_model(model, summary), output, "adapter-export")
+    if form == "lora":
+        from giva_core.lora_export import lora_to_folder
+
+        written = lora_to_folder(folder, output, model or (summary.config.model.path if summary else ""))
+        note = f'Load it with peft.PeftModel.from_pretrained(model, "{written}").'
+    else:
+        from giva_core.bank_files import add_task
+
+        name = name or (summary.config.name or summary.run_id if summary else folder.name)
+        written = add_task(output, folder, name)
+        note = f"Task '{name}' is in the bank {output}."
+    data = {"adapter": folder, "format": form, "model": model, "output": written, "task": name}
+    return Report("adapter-export", data, notes=(f"Wrote {written}.", note))
+
+
 @adapter.command("merge")
 @adapter_argument
 @click.option("--model", help="The base model: a folder, or its hub id.  [default: the run's]")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="New folder of the merged model.")
 @store_option
 def merge_adapter(store: RunStore, target: str, model: str | None, output: Path) -> Report:
-    """Merge an adapter into its base model."""
+    """Merge an adapter into its base model: `export --format merged`."""
     folder, summary = find_adapter(store, target)
-    if model is None and summary is None:
+    return _merge(folder, _base_model(model, summary), output, "adapter-merge")
+
+
+def _base_model(model: str | None, summary: RunSummary | None) -> str:
+    if model is not None:
+        return model
+    if summary is None:
         raise ConfigError(
             "the base model is not known", expected="--model FOLDER", cause="an adapter does not tell where it lies"
         )
-    if model is None and summary is not None:
-        model = summary.config.model.path
+    return summary.config.model.path
+
+
+def _merge(folder: Path, model: str, output: Path, kind: str) -> Report:
     from giva_core.export import merge_to_folder
 
-    written = merge_to_folder(folder, str(model), output)
-    data = {"adapter": folder, "model": model, "output": written}
-    return Report("adapter-merge", data, notes=(f"Wrote the merged model to {written}.",))
+    written = merge_to_folder(folder, model, output)
+    data: dict[str, Any] = {"adapter": folder, "model": model, "output": written}
+    if kind == "adapter-export":
+        data |= {"format": "merged", "task": None}
+    return Report(kind, data, notes=(f"Wrote the merged model to {written}.",))
 
 
 def _verified(folder: Path, checks: list[tuple[str, bool, str]]) -> Report:

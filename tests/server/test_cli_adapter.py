@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from filled_store import fill
+from safetensors.numpy import load_file
 
-from giva_core import checkpoint, selftest
+from giva_core import bank_files, checkpoint, selftest
 from giva_core.bases import bases_digest
 from giva_core.protocol import arrays_digest
 from giva_core.types import Arrays, Bases, BasesSet
@@ -185,6 +186,63 @@ def test_adapter_merge_takes_the_model_of_the_run(
     assert calls == [(folder, "m"), (folder, store.run(run_id).config.model.path)]
     lost = giva("adapter", "merge", folder, "--output", tmp_path / "out")
     assert lost.exit_code == 2 and "--model" in lost.stderr
+
+
+def test_adapter_export_writes_a_lora_without_torch(
+    giva: Callable[..., Result],
+    finished: tuple[RunStore, str, BasesSet, Arrays],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    for name in ("torch", "transformers", "peft"):
+        monkeypatch.setitem(sys.modules, name, None)
+    _, run_id, bases, arrays = finished
+    output = tmp_path / "lora"
+    data = data_of(
+        giva("adapter", "export", run_id, "--format", "lora", "--output", output, "--json"), "adapter-export"
+    )
+    assert set(data) == {"adapter", "format", "model", "output", "task"} and data["format"] == "lora"
+    tensors = load_file(output / "adapter_model.safetensors")
+    name, pair = next(iter(bases.layers.items()))
+    lora = tensors[f"base_model.model.{name}.lora_B.weight"] @ tensors[f"base_model.model.{name}.lora_A.weight"]
+    delta = np.diag(arrays[f"{name}.lambda_o"]) @ pair.B @ np.diag(arrays[f"{name}.lambda_s"]) @ pair.A
+    np.testing.assert_allclose(lora, delta, rtol=0, atol=1e-6)
+    again = giva("adapter", "export", run_id, "--format", "lora", "--output", output)
+    assert again.exit_code == 1 and "not empty" in again.stderr
+
+
+def test_adapter_export_puts_tasks_into_a_bank(
+    giva: Callable[..., Result], finished: tuple[RunStore, str, BasesSet, Arrays], tmp_path: Path
+) -> None:
+    store, run_id, bases, _ = finished
+    bank = tmp_path / "bank"
+    export = ("adapter", "export", run_id, "--format", "giva", "--output", bank)
+    data = data_of(giva(*export, "--json"), "adapter-export")
+    name = store.run(run_id).config.name or run_id
+    assert data["task"] == name and data["output"] == str(bank / "tasks" / name)
+    assert giva(*export, "--name", "second").exit_code == 0
+    assert bank_files.list_tasks(bank) == {name: bases.digest, "second": bases.digest}
+    taken, wrong = giva(*export), giva(*export, "--name", "../out")
+    assert taken.exit_code == wrong.exit_code == 1 and "--name" in wrong.stderr
+
+
+def test_adapter_export_merges_as_merge_does(
+    giva: Callable[..., Result],
+    finished: tuple[RunStore, str, BasesSet, Arrays],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    export = types.ModuleType("giva_core.export")
+    monkeypatch.setattr(export, "merge_to_folder", lambda folder, model, output: output, raising=False)
+    monkeypatch.setitem(sys.modules, "giva_core.export", export)
+    store, run_id, *_ = finished
+    options = ("--format", "merged", "--output", tmp_path / "out")
+    data = data_of(giva("adapter", "export", run_id, *options, "--json"), "adapter-export")
+    assert data["model"] == store.run(run_id).config.model.path and data["format"] == "merged"
+    lost = giva("adapter", "export", store.adapter_folder(run_id), *options)
+    assert lost.exit_code == 2 and "--model" in lost.stderr
+    named = giva("adapter", "export", run_id, *options, "--name", "task")
+    assert named.exit_code == 2 and "--format giva" in named.stderr
 
 
 def test_bases_show(giva: Callable[..., Result], finished: tuple[RunStore, str, BasesSet, Arrays]) -> None:
