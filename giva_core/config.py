@@ -168,7 +168,9 @@ class RoundsConfig(Section):
     fraction_evaluate: float = option(
         1.0, "share of the sites sampled for evaluation; 0 switches it off", minimum=0.0, maximum=1.0
     )
-    evaluate_every: int = option(1, "rounds from one evaluation to the next; the last round always has one", minimum=1)
+    evaluate_every: int = option(
+        1, "rounds from one evaluation to the next, done along with the round after; the last always has one", minimum=1
+    )
     min_sites: int = option(
         2, "sites that must be connected before the run starts, and are sampled at least", minimum=1
     )

@@ -11,6 +11,7 @@ in an order that both sides derive from the run's schema, so that a round costs 
 | `train.calibrate` | pass, aggregate of the pass before | sketch codes, example count, mean loss |
 | `train.bases` | aggregate sketch | digest of the bases built from it |
 | `train.round` | global arrays, which vectors to train | trained arrays, example count, steps, mean loss |
+| the same, and `train.head` | whether to evaluate these arrays first | an evaluation as well, its names prefixed |
 | `evaluate.round` | global arrays | example count, mean loss, metrics (and counts, where the run shares them) |
 | `query.finish` | – | – |
 """
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -29,13 +29,11 @@ from . import calibration
 from .calibration import Sketches
 from .config import GivaConfig
 from .errors import ProtocolError
+from .sites import SITE_NAME as SITE_NAME
 from .types import Arrays, ClientUpdate, LayerShape, ModelSchema, QuantisedSketch, SiteEvaluation
 
 #: Raised with every change of a message's form; the server turns away sites of another version.
-PROTOCOL_VERSION = 1
-
-#: What a site may be called; the name becomes part of tables, files and logs.
-SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+PROTOCOL_VERSION = 2
 
 HELLO, STATE, FINISH = "query.hello", "query.state", "query.finish"
 HEAD, CALIBRATE, BASES, ROUND = "train.head", "train.calibrate", "train.bases", "train.round"
@@ -82,6 +80,10 @@ class Payload:
     def number(self, name: str) -> float:
         """The float `name`."""
         return float(self.value(name, float))
+
+    def flag(self, name: str) -> bool:
+        """The truth value `name`."""
+        return bool(self.value(name, bool))
 
     def array(self, name: str) -> np.ndarray:
         """The array `name`."""
@@ -256,6 +258,7 @@ class TrainRequest:
         bases_digest: The bases to train on; empty before calibration and for methods without bases.
         train_names: Names of the arrays to train and to send back, in wire order.
         is_head_round: Whether the head alone is trained, before calibration.
+        evaluate: Whether to evaluate the global arrays as well, before training from them: one message less a round.
         proximal_mu: Weight of FedProx's proximal term (Li et al., arXiv:1812.06127); 0 for none.
     """
 
@@ -266,6 +269,7 @@ class TrainRequest:
     train_names: tuple[str, ...]
     proximal_mu: float = 0.0
     is_head_round: bool = False
+    evaluate: bool = False
 
 
 def global_to_payload(arrays: Arrays, schema: ModelSchema, bases_digest: str) -> Payload:
@@ -313,6 +317,7 @@ def train_to_payload(request: TrainRequest, schema: ModelSchema, factor: str) ->
         "total-rounds": request.total_rounds,
         "factor": factor,
         "proximal-mu": request.proximal_mu,
+        "evaluate": request.evaluate,
     }
     return Payload(payload.arrays, {**payload.values, **values})
 
@@ -328,6 +333,7 @@ def train_from_payload(payload: Payload, schema: ModelSchema) -> TrainRequest:
         train_names=trained_names(schema, payload.text("factor"), digest),
         proximal_mu=payload.number("proximal-mu"),
         is_head_round=payload.text("factor") == "head",
+        evaluate=payload.flag("evaluate"),
     )
 
 
@@ -392,3 +398,24 @@ def evaluation_from_payload(payload: Payload) -> SiteEvaluation:
     }
     counts = {name.removeprefix("count."): array for name, array in payload.arrays.items() if name.startswith("count.")}
     return SiteEvaluation(payload.integer("num-examples"), payload.number("loss"), metrics, counts)
+
+
+_EVALUATION = "evaluation."
+
+
+def with_evaluation(payload: Payload, evaluation: Payload | str) -> Payload:
+    """An answer to a request to train, and beside it an evaluation's message, or the public reason for its absence."""
+    if isinstance(evaluation, str):
+        return Payload(payload.arrays, {**payload.values, f"{_EVALUATION}failed": evaluation})
+    arrays = {f"{_EVALUATION}{name}": array for name, array in evaluation.arrays.items()}
+    values = {f"{_EVALUATION}{name}": value for name, value in evaluation.values.items()}
+    return Payload({**payload.arrays, **arrays}, {**payload.values, **values})
+
+
+def evaluation_beside(payload: Payload) -> Payload | str | None:
+    """The inverse of `with_evaluation`; None where the answer has no evaluation."""
+    arrays = {n.removeprefix(_EVALUATION): a for n, a in payload.arrays.items() if n.startswith(_EVALUATION)}
+    values = {n.removeprefix(_EVALUATION): v for n, v in payload.values.items() if n.startswith(_EVALUATION)}
+    if "failed" in values:
+        return str(values["failed"])
+    return Payload(arrays, values) if values else None

@@ -1,12 +1,16 @@
-"""Where simulated sites lie: server and client count the same folders in the same order, so they ask the same code."""
+"""What sites are called, and where simulated ones lie: server and client count the same folders in the same order."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from .config import DataConfig
 from .errors import DataError
 from .paths import expand
+
+#: What a site may be called; the name becomes part of tables, files and logs.
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 def site_folders(data: DataConfig) -> list[Path]:

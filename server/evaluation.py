@@ -3,19 +3,69 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from giva_core import metrics, protocol
 from giva_core.config import TaskConfig
 from giva_core.errors import GivaError
-from giva_core.protocol import Hello
-from giva_core.types import SiteEvaluation, SiteRecord
+from giva_core.protocol import Hello, Payload
+from giva_core.types import RoundRecord, SiteEvaluation, SiteRecord
 
 from .exchange import Answer
 from .guard import check_evaluation
+from .session import mean
 
 log = logging.getLogger("giva.server")
+
+
+@dataclass
+class Due:
+    """The evaluation of a recorded round's state, as its answers come in.
+
+    Attributes:
+        record: The round.
+        nodes: The sites sampled for it.
+        answers: What they answered so far, by site; every one's answer counts once.
+    """
+
+    record: RoundRecord
+    nodes: dict[str, int]
+    answers: dict[str, Answer] = field(default_factory=dict)
+
+    @property
+    def waiting(self) -> set[str]:
+        """The sites that have not answered."""
+        return self.nodes.keys() - self.answers.keys()
+
+    def note(self, answers: Iterable[Answer]) -> None:
+        """Take answers to `evaluate.round`."""
+        self.answers.update({answer.site: answer for answer in answers})
+
+    def note_updates(self, answers: Iterable[Answer]) -> None:
+        """Take what came beside the updates of the next round, which counts their bytes."""
+        for answer in answers:
+            beside = None if answer.payload is None else protocol.evaluation_beside(answer.payload)
+            if isinstance(beside, Payload):
+                found, reason = beside, ""
+            else:
+                found, reason = None, answer.reason or beside or "none came with its update"
+            status = "ok" if found else "failed"
+            self.answers[answer.site] = Answer(answer.site, answer.node_id, found, status, reason)
+
+    def evaluated(self, hellos: Mapping[str, Hello], task: TaskConfig) -> RoundRecord:
+        """The record with what the sites found, and the totals over them."""
+        answers = [self.answers[site] for site in sorted(self.answers)]
+        records, evaluations = read_evaluations(answers, hellos, task, self.record.sites)
+        weights = [evaluation.num_examples for evaluation in evaluations]
+        return replace(
+            self.record,
+            sites=tuple(records),
+            eval_loss=mean([evaluation.loss for evaluation in evaluations], weights),
+            metrics=total_metrics(task.kind, evaluations),
+            bytes_up=sum(record.bytes_up for record in records),
+            bytes_down=sum(record.bytes_down for record in records),
+        )
 
 
 def read_evaluations(

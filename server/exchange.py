@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from types import MappingProxyType
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_to_proto
@@ -74,6 +75,7 @@ def ask(
     *,
     deadline_seconds: float,
     group: str = "",
+    instead: Mapping[str, Payload] = MappingProxyType({}),
 ) -> list[Answer]:
     """Send `payload` to every node and collect the answers.
 
@@ -81,18 +83,26 @@ def ask(
         grid: Flower's grid.
         nodes: Node id by site name.
         kind: The message type.
-        payload: The question, the same for all.
+        payload: The question.
         deadline_seconds: Seconds to wait for the last answer; less where all who have not answered have left.
         group: The round, for Flower's records.
+        instead: By site name, for those that are asked something else than the others.
 
     Returns:
         One answer for every site, sorted by site name, whatever order they came in.
     """
-    content = to_content(payload)
     names = {node_id: site for site, node_id in nodes.items()}
     ttl = deadline_seconds + _MESSAGE_SLACK_SECONDS
-    messages = [Message(content, node_id, kind, ttl=ttl, group_id=group) for node_id in sorted(names)]
-    down = message_bytes(messages[0]) if messages else 0
+    common, own = to_content(payload), {site: to_content(question) for site, question in instead.items()}
+    messages = [
+        Message(own.get(site, common), node_id, kind, ttl=ttl, group_id=group)
+        for node_id, site in sorted(names.items())
+    ]
+    sizes: dict[int, int] = {}  # sites asked the same share one content; serialised, each would have its own
+    for message in messages:
+        if id(message.content) not in sizes:
+            sizes[id(message.content)] = message_bytes(message)
+    down = {message.metadata.dst_node_id: sizes[id(message.content)] for message in messages}
     pending: dict[str, int] = {}
     answers: dict[int, Answer] = {}
     # Flower gives no id for a message it could not push, and no ids at all where the messages are too large
@@ -100,7 +110,9 @@ def ask(
         if message_id:
             pending[message_id] = node_id
         else:
-            answers[node_id] = Answer(names[node_id], node_id, None, "failed", "the message could not be sent", down)
+            answers[node_id] = Answer(
+                names[node_id], node_id, None, "failed", "the message could not be sent", down[node_id]
+            )
     ends = time.monotonic() + deadline_seconds
     reason = f"no answer within {deadline_seconds:g} s"
     departure = _Departure(grid)
@@ -109,7 +121,7 @@ def ask(
             # an error reply may come from the server's own id, so the question it answers tells the site
             node_id = pending.pop(reply.metadata.reply_to_message_id, None)
             if node_id is not None:
-                answers[node_id] = _read(reply, names[node_id], node_id, down)
+                answers[node_id] = _read(reply, names[node_id], node_id, down[node_id])
         if not pending or time.monotonic() >= ends:
             break
         if departure.is_certain(pending.values()):
@@ -117,7 +129,7 @@ def ask(
             break
         time.sleep(POLL_SECONDS)
     for node_id in pending.values():
-        answers[node_id] = Answer(names[node_id], node_id, None, "missing", reason, down)
+        answers[node_id] = Answer(names[node_id], node_id, None, "missing", reason, down[node_id])
     return sorted(answers.values(), key=lambda answer: answer.site)
 
 

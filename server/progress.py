@@ -10,22 +10,21 @@ _VERBS = {"hello": "sites joined", "calibrate": "calibration pass", "bases": "ba
 
 
 def describe(record: RoundRecord, config: RunConfig) -> str:
-    """The record as a line: what, which sites, how it went, what it cost."""
-    ok = sum(site.status == "ok" for site in record.sites)
+    """The record as a line: what, which sites, how it went, what it cost.
+
+    A round's state is evaluated when its training is long told: a record with an evaluation tells of that alone.
+    """
     total = {"head": config.rounds.head_rounds, "train": config.rounds.num_rounds}.get(record.phase)
     if record.phase in _VERBS:
         head = f"{_VERBS[record.phase]}{f' {record.round}' if record.phase == 'calibrate' else ''}"
     else:
         head = f"{'head round' if record.phase == 'head' else 'round'} {record.round}/{total}"
-    parts = [f"{head:<20} {ok}/{len(record.sites)} sites"]
+    if record.eval_loss is not None:
+        count = sum(site.eval_loss is not None for site in record.sites)
+        return ", ".join([f"{f'  after {head}':<20} {count} sites", *_evaluation(record, config)])
+    parts = [f"{head:<20} {sum(site.status == 'ok' for site in record.sites)}/{len(record.sites)} sites"]
     if record.train_loss is not None:
         parts.append(f"train loss {record.train_loss:.4f}")
-    if record.eval_loss is not None:
-        parts.append(f"eval loss {record.eval_loss:.4f}")
-    main = main_metric(config.task.kind)
-    for name in (main, f"mean_site_{main}", f"worst_{main}", "macro_f1"):
-        if name in record.metrics:
-            parts.append(f"{name.replace('_', ' ')} {record.metrics[name]:.4f}")
     if record.aggregation_error is not None:
         parts.append(f"aggregation error {record.aggregation_error:.1%}")
     if record.bytes_up:
@@ -34,6 +33,13 @@ def describe(record: RoundRecord, config: RunConfig) -> str:
     lines = [", ".join(parts)]
     lines.extend(f"  {site.site}: {site.status}: {site.reason}" for site in record.sites if site.status != "ok")
     return "\n".join(lines)
+
+
+def _evaluation(record: RoundRecord, config: RunConfig) -> list[str]:
+    main = main_metric(config.task.kind)
+    names = (main, f"mean_site_{main}", f"worst_{main}", "macro_f1")
+    found = [f"{name.replace('_', ' ')} {record.metrics[name]:.4f}" for name in names if name in record.metrics]
+    return [f"eval loss {record.eval_loss:.4f}", *found]
 
 
 def format_bytes(count: float) -> str:

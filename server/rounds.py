@@ -17,10 +17,10 @@ from giva_core import aggregate, checkpoint, protocol
 from giva_core.config import RunConfig
 from giva_core.errors import GivaError, QuorumError
 from giva_core.protocol import Payload, TrainRequest
-from giva_core.types import Arrays, BasesSet, ClientUpdate, ModelSchema, RoundRecord, SiteEvaluation, SiteRecord
+from giva_core.types import Arrays, BasesSet, ClientUpdate, ModelSchema, RoundRecord, SiteRecord
 
 from .agreement import agree_on_bases, send_bases
-from .evaluation import read_evaluations, total_metrics
+from .evaluation import Due
 from .exchange import ask, site_record
 from .run_store import RunStore
 from .session import Session, mean, outcomes
@@ -108,6 +108,7 @@ class Federation:
         if done["train"] == 0:
             for number in range(done["head"] + 1, rounds.head_rounds + 1):
                 self._round("head", number, rounds.head_rounds)
+            self._evaluate_last("head", rounds.head_rounds)
         if self.config.method == "giva":
             self.bases, self._bases_message = agree_on_bases(self.session, self.arrays)
             if done["train"] == 0:
@@ -115,6 +116,7 @@ class Federation:
                 self.arrays = {**aggregate.initial_vectors(schema.layers, schema.ranks), **self.arrays}
         for number in range(done["train"] + 1, rounds.num_rounds + 1):
             self._round("train", number, rounds.num_rounds)
+        self._evaluate_last("train", rounds.num_rounds)
         self._finish()
 
     def _extra(self) -> Arrays:
@@ -182,13 +184,16 @@ class Federation:
         rounds = self.config.rounds
         self.members.bench.next_round()
         plan = self._plan(phase, number, total)
+        self._admit_newcomers()
+        due = self._due(phase, number - 1)
         mu = self.aggregator.prepare(number, self.arrays)
         tried: list[SiteRecord] = []
         for attempt in range(rounds.retries + 1):
-            accepted = self._train(plan, mu, attempt)
+            accepted = self._train(plan, mu, attempt, due)
             if len(accepted.updates) >= rounds.quorum:
                 break
             tried = merge_attempts(tried, accepted.records)
+            self._admit_newcomers()
         else:
             raise QuorumError(
                 f"round {number} did not reach its quorum in {rounds.retries + 1} attempts",
@@ -196,22 +201,17 @@ class Federation:
                 expected=f"{rounds.quorum} valid updates",
                 remedy="see to the sites named, then resume the run",
             )
+        if due is not None:
+            self._complete(due)
         error = self._aggregate(plan, accepted.updates)
-        records = merge_attempts(tried, accepted.records)
-        evaluations: list[SiteEvaluation] = []
-        if number % rounds.evaluate_every == 0 or number == total:
-            records, evaluations = self._evaluate(number, records)
         weights = [update.num_examples for update in accepted.updates]
-        eval_weights = [evaluation.num_examples for evaluation in evaluations]
         self.session.record(
             phase,
             number,
-            records,
+            merge_attempts(tried, accepted.records),
             started,
             total_examples=sum(weights),
             train_loss=mean([update.train_loss for update in accepted.updates], weights),
-            eval_loss=mean([evaluation.loss for evaluation in evaluations], eval_weights),
-            metrics=total_metrics(self.config.task.kind, evaluations),
             aggregation_error=error,
             arrays=self.arrays,
             extra=self._extra(),
@@ -224,18 +224,21 @@ class Federation:
         names = protocol.trained_names(self.session.schema, factor, self.bases_digest)
         return Plan(phase, number, total, factor, names)
 
-    def _train(self, plan: Plan, mu: float, attempt: int) -> Accepted:
-        """Let sampled sites train; who sits out is recorded as well."""
-        self._admit_newcomers()
+    def _train(self, plan: Plan, mu: float, attempt: int, due: Due | None) -> Accepted:
+        """Let sampled sites train, and evaluate where that is due; who sits out is recorded as well."""
         rounds = self.config.rounds
         nodes = self.session.sample(rounds.fraction_train, rounds.min_sites, f"{plan.phase}-{plan.number}-{attempt}")
         start = {**self.arrays, **self.residual}
         is_head = plan.phase == "head"
         request = TrainRequest(start, plan.number, plan.total, self.bases_digest, plan.names, mu, is_head)
         payload = protocol.train_to_payload(request, self.session.schema, plan.factor)
+        with_evaluation = protocol.train_to_payload(replace(request, evaluate=True), self.session.schema, plan.factor)
+        evaluating = dict.fromkeys(nodes.keys() & due.waiting, with_evaluation) if due else {}
         resting, hellos = self.members.bench.records(nodes), self.members.hellos()
         kind = protocol.HEAD if is_head else protocol.ROUND
-        answers = self.session.ask(nodes, kind, payload, f"{plan.phase}-{plan.number}")
+        answers = self.session.ask(nodes, kind, payload, f"{plan.phase}-{plan.number}", evaluating)
+        if due:
+            due.note_updates(answer for answer in answers if answer.site in evaluating)
         accepted = read_updates(answers, hellos, start, plan.names, self.bases_digest, rounds.max_update_norm)
         # what was not trained counts as unchanged, so that every strategy sees all arrays
         updates = [replace(update, arrays={**self.arrays, **update.arrays}) for update in accepted.updates]
@@ -259,15 +262,37 @@ class Federation:
         self.arrays = made
         return error
 
-    def _evaluate(self, number: int, records: list[SiteRecord]) -> tuple[list[SiteRecord], list[SiteEvaluation]]:
-        """Let sampled sites evaluate the new global arrays; their results join the round's records."""
-        nodes = self.session.sample(self.config.rounds.fraction_evaluate, 0, f"evaluate-{number}", with_eval=True)
-        if not nodes:
-            return records, []
-        payload = protocol.global_to_payload({**self.arrays, **self.residual}, self.session.schema, self.bases_digest)
-        hellos = self.members.hellos()
-        answers = self.session.ask(nodes, protocol.EVALUATE, payload, f"evaluate-{number}")
-        return read_evaluations(answers, hellos, self.config.task, records)
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def _due(self, phase: str, number: int) -> Due | None:
+        """The evaluation of this round's state, where it should have one and has none yet.
+
+        The sites get that state anyway to train from in the next round, and evaluate it along with that: an exchange
+        with sites on real machines costs seconds, and the arrays would travel twice.
+        """
+        rounds = self.config.rounds
+        total = rounds.head_rounds if phase == "head" else rounds.num_rounds
+        records = [record for record in self.store.rounds(self.run_id, phase) if record.round == number]
+        if not records or (number % rounds.evaluate_every != 0 and number != total):
+            return None
+        if records[0].eval_loss is not None:
+            return None
+        nodes = self.session.sample(rounds.fraction_evaluate, 0, f"evaluate-{number}", with_eval=True)
+        return Due(records[0], nodes) if nodes else None
+
+    def _evaluate_last(self, phase: str, total: int) -> None:
+        """Evaluate the state after a phase's last round, which no later round brings along."""
+        if (due := self._due(phase, total)) is not None:
+            self._complete(due)
+
+    def _complete(self, due: Due) -> None:
+        """Ask the sites that have not evaluated yet, and add the evaluation to its round's record."""
+        left = {site: node_id for site, node_id in self.members.nodes().items() if site in due.waiting}
+        if left:
+            arrays = {**self.arrays, **self.residual}
+            payload = protocol.global_to_payload(arrays, self.session.schema, self.bases_digest)
+            due.note(self.session.ask(left, protocol.EVALUATE, payload, f"evaluate-{due.record.round}"))
+        self.session.amend(due.evaluated(self.members.hellos(), self.config.task))
 
     def _admit_newcomers(self) -> None:
         """Admit nodes that connected since the last round, and give them the bases; wait where too few are left."""

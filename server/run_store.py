@@ -191,6 +191,19 @@ class RunStore:
             db.execute("DELETE FROM rounds WHERE run_id = ? AND phase = ? AND round = ?", key)
             insert_round(db, run_id, record)
 
+    def amend(self, run_id: str, record: RoundRecord) -> None:
+        """Replace a record by one that knows more; the state and the files that belong to it stay.
+
+        Raises:
+            StoreError: The store cannot be written.
+        """
+        name = _state_name(record.phase, record.round)
+        with self._guarded(f"{name} cannot be amended"), self._transaction() as db:
+            key = (run_id, record.phase, record.round)
+            db.execute("DELETE FROM rounds WHERE run_id = ? AND phase = ? AND round = ?", key)
+            insert_round(db, run_id, record)
+            self._touch(db, run_id)
+
     def rounds(self, run_id: str, phase: str | None = None) -> list[RoundRecord]:
         """The recorded phases and rounds of a run, or those of one phase, in the order in which they happen."""
         with self._guarded("the rounds cannot be read"), self._snapshot() as db:

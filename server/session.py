@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
@@ -70,10 +70,17 @@ class Session:
         self.store.set_facts(self.run_id, {name: _one_line(text) for name, text in facts.items()})
         return records
 
-    def ask(self, nodes: dict[str, int], kind: str, payload: Payload, group: str) -> list[Answer]:
-        """Ask sites, and take note of who did not answer and who lost its bases."""
+    def ask(
+        self,
+        nodes: dict[str, int],
+        kind: str,
+        payload: Payload,
+        group: str,
+        instead: Mapping[str, Payload] | None = None,
+    ) -> list[Answer]:
+        """Ask sites, and take note of who did not answer and who lost its bases; `instead` as for `exchange.ask`."""
         deadline = self.config.rounds.deadline_seconds
-        answers = ask(self.grid, nodes, kind, payload, deadline_seconds=deadline, group=group)
+        answers = ask(self.grid, nodes, kind, payload, deadline_seconds=deadline, group=group, instead=instead or {})
         self.members.bench.note(answers)
         for answer in answers:
             if kind in (protocol.ROUND, protocol.EVALUATE) and answer.reason.startswith("bases"):
@@ -123,6 +130,11 @@ class Session:
             **totals,  # type: ignore[arg-type]
         )
         self.store.record(self.run_id, record, arrays, extra or None)
+        self.on_record(record)
+
+    def amend(self, record: RoundRecord) -> None:
+        """Store what became known of a recorded round later on, and tell who watches."""
+        self.store.amend(self.run_id, record)
         self.on_record(record)
 
 

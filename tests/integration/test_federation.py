@@ -54,9 +54,13 @@ def test_a_run_goes_through_all_phases_and_leaves_an_adapter(toy_config, store):
 def test_bytes_of_a_round_are_the_numbers_and_little_more(toy_config, store):
     run_id = run(toy_config, store)
     numbers = sum(array.size for array in store.last_state(run_id).arrays.values())
-    for site in store.rounds(run_id, "train")[-1].sites:
+    *inner, last = store.rounds(run_id, "train")
+    for site in inner[0].sites:  # its state travels once: the sites evaluate it when they get it to train from
+        assert site.eval_loss is not None
         assert 4 * numbers <= site.bytes_up <= 4 * numbers + 2500
-        assert 8 * numbers <= site.bytes_down <= 8 * numbers + 2500  # once to train, once to evaluate
+        assert 4 * numbers <= site.bytes_down <= 4 * numbers + 2500
+    for site in last.sites:  # no later round brings its evaluation
+        assert 8 * numbers <= site.bytes_down <= 8 * numbers + 2500
 
 
 def test_same_seed_same_bytes_and_another_seed_other_bytes(toy_config, store):
@@ -93,7 +97,8 @@ def test_inits_that_need_another_pass(toy_config, store, init):
 
 @pytest.mark.parametrize("mode", ["fedavg", "alternate", "exact"])
 def test_modes(toy_config, store, mode):
-    run_id = run(toy_config.replace(rounds__mode=mode, train__local_epochs=2), store)
+    config = toy_config.replace(rounds__mode=mode, train__local_epochs=2, rounds__evaluate_every=9)
+    run_id = run(config, store)
     records = store.rounds(run_id, "train")
     errors = [record.aggregation_error for record in records]
     if mode == "fedavg":
@@ -194,6 +199,44 @@ def test_sampling_depends_on_the_seed_alone(toy_config, store):
     sampled = [[s.site for s in r.sites if s.num_steps] for r in store.rounds(first, "train")]
     assert sampled == [[s.site for s in r.sites if s.num_steps] for r in store.rounds(second, "train")]
     assert all(len(sites) == 2 for sites in sampled) and len({tuple(sites) for sites in sampled}) > 1
+
+
+def test_an_evaluation_beside_the_training_is_the_one_asked_for_alone(toy_config, store):
+    every = run(toy_config.replace(rounds__num_rounds=3), store)
+    for number in (1, 2):
+        even = toy_config.replace(train__schedule="constant", train__warmup_fraction=0.0)
+        short = run(even.replace(rounds__num_rounds=number), store)
+        long = run(even.replace(rounds__num_rounds=3), store)
+        alone, beside = store.rounds(short, "train")[-1], store.rounds(long, "train")[number - 1]
+        assert alone.eval_loss == beside.eval_loss is not None and alone.metrics == beside.metrics
+    assert [record.eval_loss is not None for record in store.rounds(every, "train")] == [True] * 3
+    assert all(record.eval_loss is not None for record in store.rounds(every, "head"))
+
+
+def test_sites_outside_the_training_sample_evaluate_as_well(toy_config, store):
+    config = toy_config.replace(rounds__fraction_train=0.4, rounds__min_sites=2, rounds__num_rounds=3)
+    for record in store.rounds(run(config, store), "train"):
+        assert sum(site.num_steps > 0 for site in record.sites) == 2
+        assert sum(site.eval_examples for site in record.sites) == 11 + 12 + 13
+
+
+def test_a_site_that_cannot_evaluate_trains_all_the_same(toy_config, store, monkeypatch):
+    from client.trainer import LocalTrainer
+    from giva_core.errors import DataError
+
+    evaluate = LocalTrainer.evaluate
+
+    def fail(self, arrays, digest):
+        if self.site.name == "site-2":
+            raise DataError("no", public="the evaluation rows are gone")
+        return evaluate(self, arrays, digest)
+
+    monkeypatch.setattr(LocalTrainer, "evaluate", fail)
+    run_id = run(toy_config.replace(rounds__num_rounds=2), store)
+    for record in store.rounds(run_id, "train"):
+        broken = record.sites[1]
+        assert record.eval_loss is not None and broken.eval_loss is None and broken.num_steps > 0
+        assert "the evaluation rows are gone" in broken.reason
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------

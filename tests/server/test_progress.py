@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from giva_core.config import RunConfig
 from giva_core.types import RoundRecord, SiteRecord
 from server.progress import describe, format_bytes
 
-SITES = (SiteRecord("a", "ok"), SiteRecord("b", "refused", "the loss is not finite"), SiteRecord("c", "ok"))
+SITES = (
+    SiteRecord("a", "ok", eval_loss=0.25),
+    SiteRecord("b", "refused", "the loss is not finite"),
+    SiteRecord("c", "ok"),
+)
 
 
 def test_training_round_says_how_it_went_and_what_it_cost() -> None:
@@ -26,11 +32,13 @@ def test_training_round_says_how_it_went_and_what_it_cost() -> None:
         seconds=3.21,
     )
     config = RunConfig.from_flat({"rounds.num-rounds": 5})
-    assert describe(record, config).splitlines() == [
-        "round 2/5            2/3 sites, train loss 0.5123, eval loss 0.2500, accuracy 0.8750, worst accuracy 0.5000, "
-        "aggregation error 12.3%, up 2 KiB, down 812 B, 3.2 s",
+    assert describe(replace(record, eval_loss=None), config).splitlines() == [
+        "round 2/5            2/3 sites, train loss 0.5123, aggregation error 12.3%, up 2 KiB, down 812 B, 3.2 s",
         "  b: refused: the loss is not finite",
     ]
+    assert describe(record, config) == (
+        "  after round 2/5    1 sites, eval loss 0.2500, accuracy 0.8750, worst accuracy 0.5000"
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,7 +58,9 @@ def test_every_phase_has_its_words(phase: str, number: int, begin: str) -> None:
 
 
 def test_metrics_follow_the_task() -> None:
-    record = RoundRecord("train", 1, (), metrics={"pearson": 0.5, "accuracy": 0.25, "mean_site_pearson": 0.75})
+    record = RoundRecord(
+        "train", 1, (), eval_loss=1.0, metrics={"pearson": 0.5, "accuracy": 0.25, "mean_site_pearson": 0.75}
+    )
     line = describe(record, RunConfig.from_flat({"task.kind": "regression"}))
     assert "pearson 0.5000" in line and "mean site pearson 0.7500" in line and "accuracy" not in line
 
