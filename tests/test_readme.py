@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+import transformers
 
 from server.cli.main import NOUNS
 
@@ -13,7 +14,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_library_example_trains_saves_and_loads(toy_model, tmp_path, monkeypatch):
-    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, tuner = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     texts = ["a b c d", "x y z", "b c e f", "w y x v u"] * 2
@@ -26,6 +27,10 @@ def test_the_library_example_trains_saves_and_loads(toy_model, tmp_path, monkeyp
     assert any(name.endswith("lambda_s") for name in names["trained"])
     lines = [line for line in code.splitlines() if line.strip() and not line.startswith(("import", "from"))]
     assert len(lines) <= 10
+
+    names["model"] = transformers.AutoModelForSequenceClassification.from_pretrained(toy_model, num_labels=2)
+    exec(compile(tuner, "README.md", "exec"), names)
+    assert names["model"].peft_config["default"].peft_type == "GIVA"
 
 
 def test_every_command_that_the_readme_shows_exists():
