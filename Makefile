@@ -17,7 +17,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo demo demo-baselines demo-full test test-slow lint types imports format benchmark clean
+.PHONY: help setup setup-demo demo demo-baselines demo-full test test-slow lint types imports proto format benchmark clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,7 +33,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: EXTRAS := dev
-$(VENV)/.installed-demo: EXTRAS := plot,baselines
+$(VENV)/.installed-demo: EXTRAS := site,plot,baselines
 
 setup: $(VENV)/.installed-dev ## install the project and its tools into .venv (VENV=...)
 
@@ -77,6 +77,9 @@ types: setup ## type annotations
 
 imports: setup ## who may import whom
 	$(BIN)/lint-imports --no-logo
+
+proto: setup ## write client/wire/worker_pb2.py anew, from worker.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. client/wire/worker.proto
 
 format: setup ## format, sort imports, repair what can be repaired
 	$(BIN)/ruff check --fix .

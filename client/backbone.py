@@ -1,7 +1,8 @@
 """The model of a run in this process: loaded once, shared by every site of the process, its adapter swapped in place.
 
-A deployed site has one backbone; a simulation of a hundred sites has one as well, since the sites take turns and differ
-only in the kilobytes they train.
+A deployed site has one backbone, over all its runs that load the same; a simulation of a hundred sites has one as well,
+since the sites take turns and differ only in the kilobytes they train. Every request brings the values of all that is
+trained, so nothing of one site or run is left for the next.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ from giva_core.paths import giva_home
 from giva_core.peft_lora import inject_lora
 from giva_core.types import Arrays, BasesSet, ModelSchema
 
-from .training import pick_device
+from .training import EncodedData, pick_device
 
 #: Bases folders that stay on disk; a site that lost its bases builds them again from the server's sketch.
 _KEPT_FOLDERS = 8
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
-_loaded: OrderedDict[str, Backbone] = OrderedDict()
+_loaded: dict[str, Backbone] = {}
+_loads = 0
 
 
 class Backbone:
@@ -44,6 +46,7 @@ class Backbone:
         task: The model with tokenizer and head.
         schema: What it trains and sends.
         bases_digest: The bases that are in it now; empty for none.
+        rows: Tokenised rows of its sites, kept for as long as the model.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -65,6 +68,7 @@ class Backbone:
         shapes = {name: array.shape for name, array in self.initial_state.items()}
         self.schema = ModelSchema(tuple(layers), tuple(ranks), shapes, matrices)
         self.bases_digest = ""
+        self.rows: OrderedDict[Hashable, EncodedData] = OrderedDict()
         self._known: OrderedDict[str, BasesSet] = OrderedDict()
         self._latest: tuple[bytes, Any] = (b"", None)
 
@@ -157,12 +161,20 @@ class Backbone:
 
 
 def get_backbone(config: RunConfig, device_name: str) -> Backbone:
-    """The backbone for this run in this process, loaded at the first call."""
-    key = json.dumps([config.digest(), config.model.path, device_name])
+    """The backbone for this run in this process, loaded at the first call, and kept for runs that load the same."""
+    global _loads
+    parts = (config.model, config.task, config.giva, config.lora)
+    key = json.dumps([config.method, device_name, *(part.to_json() for part in parts)])
     if key not in _loaded:
         _loaded.clear()  # one at a time: two large models may not fit
         _loaded[key] = Backbone(config, pick_device(device_name))
+        _loads += 1
     return _loaded[key]
+
+
+def model_loads() -> int:
+    """How often a model was loaded in this process."""
+    return _loads
 
 
 def drop_backbones() -> None:

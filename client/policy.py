@@ -1,4 +1,4 @@
-"""What a deployed site lets a server ask of it. The run's configuration is the server's word; these limits are not.
+"""What a site lets a server ask of it. The run's configuration is the server's word; these limits are not.
 
 They keep what leaves the site a mean over enough examples, and the calibration sketches a small part of the gradient:
 a layer's gradient `G (d_out, d_in)` is known to whoever has `min(d_out, d_in)` independent columns of `Gᵀ M` or `G M`.
@@ -7,75 +7,101 @@ A limit counts within one run; that the same server starts many runs is the oper
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
+from datetime import datetime, time
+from typing import TYPE_CHECKING
 
-from giva_core import calibration
-from giva_core.config import GivaConfig, RunConfig
-from giva_core.errors import ConfigError, DataError, ProtocolError
-from giva_core.types import ModelSchema
+from giva_core.config import METHODS, TASKS, GivaConfig, RunConfig, Section, option
+from giva_core.errors import ConfigError, DataError, GivaError, ProtocolError
 
-_PREFIXES = ("allow-", "allowed-", "min-", "max-")
-_NOT_HERE = ("allow-model-hub",)
+if TYPE_CHECKING:
+    from giva_core.types import ModelSchema
+
+#: Every metric that an evaluation has, over all kinds of tasks.
+METRICS = ("accuracy", "macro_f1", "mcc", "micro_f1", "subset_accuracy", "mse", "pearson")
+_HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
+
+
+class PolicyError(GivaError):
+    """The site's policy does not allow what the server asks for."""
+
+    kind = "policy"
 
 
 @dataclass(frozen=True)
-class Policy:
-    """A site's limits; a key of the node's configuration for each, with dashes.
+class Policy(Section):
+    """A site's limits: the table `[policy]` of its site file."""
 
-    Attributes:
-        allowed_methods: Methods that a run may use, separated by commas.
-        allow_modules_to_save: Whether a run may train, and so send, modules beside the head.
-        allow_share_counts: Whether per-class counts leave where the run asks for them; else they stay, silently.
-        max_sketch_share: Columns of a layer's sketches of one side, over all passes, as a share of min(d_out, d_in).
-        min_calibration_examples: Least examples in a calibration sketch.
-        min_train_examples: Least training rows of this site.
-        min_eval_examples: With fewer evaluation rows the site says that it has none.
-        min_round_examples: Least examples that a round's update comes from.
-    """
+    _prefix = "policy."
+    methods: tuple[str, ...] = option(("giva", "head"), "methods that this site takes part in")
+    tasks: tuple[str, ...] = option(TASKS, "kinds of tasks that this site takes part in")
+    max_rank: int = option(64, "highest rank of bases, or of LoRA's matrices", minimum=1)
+    max_local_epochs: float = option(5.0, "most passes over the site's data in a round", above=0.0)
+    max_rounds: int = option(200, "most rounds of a run, head rounds among them", minimum=1)
+    hours: str = option("", "local time in which tasks are begun, as 20:00-06:00; empty: always")
+    metrics: tuple[str, ...] = option(METRICS, "metrics that may leave; mean loss and example count always do")
+    allow_modules_to_save: bool = option(False, "further modules may be trained whole and sent")
+    allow_share_counts: bool = option(False, "counts by class may leave, where the run asks for them")
+    allow_model_hub: bool = option(False, "a model's path may be a hub id, where the run allows it too")
+    max_sketch_share: float = option(
+        0.5, "most columns of a layer's sketch, over all passes, as a share of min(d_out, d_in)", minimum=0.0
+    )
+    min_train_examples: int = option(8, "fewest training rows of this site", minimum=0)
+    min_calibration_examples: int = option(8, "fewest examples in a calibration sketch", minimum=0)
+    min_eval_examples: int = option(8, "with fewer evaluation rows the site says that it has none", minimum=0)
+    min_round_examples: int = option(8, "fewest examples that a round's update comes from", minimum=0)
 
-    allowed_methods: tuple[str, ...] = ("giva", "head")
-    allow_modules_to_save: bool = False
-    allow_share_counts: bool = False
-    max_sketch_share: float = 0.5
-    min_calibration_examples: int = 8
-    min_train_examples: int = 8
-    min_eval_examples: int = 8
-    min_round_examples: int = 8
-
-    @classmethod
-    def from_node_config(cls, node_config: Mapping[str, Any]) -> Self:
-        """Read the limits that the node's configuration sets; the others keep their defaults.
-
-        Raises:
-            ConfigError: A value has another type, or a key looks like a limit and is none: a typing error must not
-                leave a site with less protection than its operator meant.
-        """
-        defaults = {spec.name: spec.default for spec in fields(cls)}
-        values: dict[str, Any] = {}
-        for key, value in node_config.items():
-            name = key.replace("-", "_")
-            if name in defaults:
-                values[name] = _read(key, value, defaults[name])
-            elif key.replace("_", "-").startswith(_PREFIXES) and key.replace("_", "-") not in _NOT_HERE:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, known in (("methods", METHODS), ("tasks", TASKS), ("metrics", METRICS)):
+            if unknown := sorted(set(getattr(self, key)) - set(known)):
                 raise ConfigError(
-                    f"the node's configuration has no setting '{key}'",
-                    expected=f"one of {', '.join(name.replace('_', '-') for name in defaults)}",
-                    public="the node's configuration is not valid",
+                    f"policy.{key} names what there is not", got=", ".join(unknown), expected=f"of {', '.join(known)}"
                 )
-        return cls(**values)
+        if self.hours and not _HOURS.fullmatch(self.hours):
+            raise ConfigError("policy.hours is no span of time", got=repr(self.hours), expected="e.g. 20:00-06:00")
 
     def check_run(self, config: RunConfig) -> None:
         """Refuse a run by its configuration alone, before a model is loaded or a row is read."""
-        if config.method not in self.allowed_methods:
-            raise _refusal(f"the method {config.method}", "allowed-methods")
-        if config.giva.modules_to_save and not self.allow_modules_to_save:
-            raise _refusal("giva.modules-to-save", "allow-modules-to-save")
+        giva, train, rounds = config.giva, config.train, config.rounds
+        rank = config.lora.rank if config.method == "lora" else giva.rank
+        asked = (
+            (config.method in self.methods, f"the method {config.method}", "methods"),
+            (config.task.kind in self.tasks, f"the task {config.task.kind}", "tasks"),
+            (not giva.modules_to_save or self.allow_modules_to_save, "giva.modules-to-save", "allow-modules-to-save"),
+            (rank <= self.max_rank, f"rank {rank}", "max-rank"),
+            (train.local_epochs <= self.max_local_epochs, f"{train.local_epochs:g} local epochs", "max-local-epochs"),
+            (
+                rounds.head_rounds == 0 or train.warm_head_epochs <= self.max_local_epochs,
+                f"{train.warm_head_epochs:g} epochs in a head round",
+                "max-local-epochs",
+            ),
+            (
+                rounds.head_rounds + rounds.num_rounds <= self.max_rounds,
+                f"{rounds.head_rounds + rounds.num_rounds} rounds",
+                "max-rounds",
+            ),
+        )
+        for is_allowed, what, key in asked:
+            if not is_allowed:
+                raise _refusal(what, key)
+
+    def check_hours(self, now: datetime) -> None:
+        """Refuse a task that would begin outside the site's hours; a span may go over midnight."""
+        if not (found := _HOURS.fullmatch(self.hours)):
+            return
+        first_hour, first_minute, last_hour, last_minute = map(int, found.groups())
+        start, end, clock = time(first_hour, first_minute), time(last_hour, last_minute), now.time()
+        is_open = start <= clock < end if start < end else clock >= start or clock < end
+        if not is_open:
+            raise _refusal("work at this time of day", "hours")
 
     def check_sketches(self, schema: ModelSchema, giva: GivaConfig) -> None:
         """Refuse sketches that together could give a layer's whole gradient away."""
+        from giva_core import calibration
+
         plan = calibration.stages(giva)
         for layer, r in zip(schema.layers, schema.ranks, strict=True):
             columns: Counter[str] = Counter()
@@ -98,11 +124,11 @@ class Policy:
                     got=count,
                     expected=f"{key} = {least}",
                     cause="a small file, or small batches or few steps in the run's configuration",
-                    remedy=f"have the run use more examples, or lower {key} in the node's configuration",
+                    remedy=f"have the run use more examples, or lower {key} in the site file",
                     public=f"fewer examples than the site's {key}",
                 )
 
-    def check_question(self, stage: str, asked: int, giva: GivaConfig) -> None:
+    def check_calibration(self, stage: str, asked: int, giva: GivaConfig) -> None:
         """Refuse a calibration question beyond the plan.
 
         The multipliers of a later pass come from the server, which could otherwise ask for the gradient column by
@@ -113,6 +139,8 @@ class Policy:
             asked: Different questions of this stage in this run, with this one.
             giva: The run's plan.
         """
+        from giva_core import calibration
+
         if asked > [planned.name for planned in calibration.stages(giva)].count(stage):
             raise ProtocolError(
                 "more calibration questions than the run's plan has",
@@ -121,26 +149,20 @@ class Policy:
                 public="more calibration questions than planned",
             )
 
+    def check_rounds(self, asked: int) -> None:
+        """Refuse to train more often in a run than `max_rounds`, whatever the run's configuration said."""
+        if asked > self.max_rounds:
+            raise _refusal(f"{asked} rounds", "max-rounds")
 
-def _read(key: str, value: Any, default: Any) -> Any:
-    if isinstance(default, tuple) and isinstance(value, str):
-        return tuple(name.strip() for name in value.split(",") if name.strip())
-    if isinstance(default, float) and type(value) is int:
-        value = float(value)
-    if type(value) is not type(default) or (not isinstance(value, bool) and not value >= 0):
-        raise ConfigError(
-            f"{key} in the node's configuration is not usable",
-            got=repr(value),
-            expected=f"a value like {str(default).lower()}",
-            public="the node's configuration is not valid",
-        )
-    return value
+    def released(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics that may leave."""
+        return {name: value for name, value in metrics.items() if name in self.metrics}
 
 
-def _refusal(what: str, key: str) -> ConfigError:
-    return ConfigError(
+def _refusal(what: str, key: str) -> PolicyError:
+    return PolicyError(
         f"the run asks for {what}, which this site's policy does not allow",
         cause="the run's configuration is the server's word",
-        remedy=f"change the run, or set {key} in the node's configuration",
+        remedy=f"change the run, or set policy.{key} in the site file",
         public=f"the site's {key} does not allow {what}",
     )

@@ -1,7 +1,6 @@
 """What a site does when it is asked: introduce itself, sketch, build bases, train, evaluate.
 
-`Trainer` is the seam: the Flower handlers speak to it and to nothing else, so that the work can move to another process
-without the handlers noticing. `LocalTrainer` does the work in this process.
+`Trainer` is the seam: `service.py` speaks to it and to nothing else. `LocalTrainer` does the work.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -21,19 +21,19 @@ from giva_core import bases as bases_module
 from giva_core import metrics
 from giva_core.calibration import Sketches, Stage
 from giva_core.config import RunConfig
-from giva_core.errors import DataError
+from giva_core.errors import ConfigError, DataError
 from giva_core.protocol import Hello, TrainRequest, arrays_digest
 from giva_core.sketch import sketch_pass
 from giva_core.types import Arrays, ClientUpdate, ModelSchema, SiteEvaluation
 
 from .backbone import get_backbone
-from .data import Examples, read_rows
+from .data import read_rows
 from .frozen import FrozenHead, can_freeze, head_inputs
 from .policy import Policy
 from .site import SiteSettings
-from .training import EncodedData, Task, batches, collate, examples_in_round, predict, train_round
+from .training import EncodedData, OnStep, Task, batches, collate, examples_in_round, predict, train_round
 
-_SESSIONS = 256  # simulated sites whose tokenised rows stay in memory
+_SESSIONS = 256  # simulated sites whose trainers stay in memory
 _sessions: OrderedDict[tuple[SiteSettings, str], LocalTrainer] = OrderedDict()
 
 
@@ -94,14 +94,16 @@ class LocalTrainer:
         if site.policy:
             site.policy.check_run(config)
         self.backbone = get_backbone(config, site.device)
+        self.on_step: OnStep = lambda step, steps: None
+        self._check_model()
         if site.policy:
             site.policy.check_sketches(self.backbone.schema, config.giva)
-        self._train = self._encode(read_rows(site.train_path, config.task, site.data))
+        self._train = self._rows(site.train_path)
         if site.policy:
             used = examples_in_round(len(self._train), config.train)
             site.policy.check_rows(len(self._train), self._calibration_examples, used)
         self._head_inputs: dict[str, EncodedData] = {}
-        self._eval = self._encode(read_rows(site.eval_path, config.task, site.data)) if site.eval_path else None
+        self._eval = self._rows(site.eval_path) if site.eval_path else None
         if site.policy and self._eval and len(self._eval) < site.policy.min_eval_examples:
             self._eval = None
 
@@ -115,10 +117,29 @@ class LocalTrainer:
         """What the server may ask; None where server and site are one machine."""
         return self.site.policy
 
-    def _encode(self, examples: Examples) -> EncodedData:
-        task = self.backbone.task
-        features = task.encode(examples.texts, examples.text_pairs, self.config.task.max_length)
-        return EncodedData(features, examples.labels, [len(item["input_ids"]) for item in features])
+    def _check_model(self) -> None:
+        wanted, found = self.site.model_digest, self.backbone.model_digest
+        if wanted and wanted != found:
+            raise ConfigError(
+                "the base model is not the one that the site file names",
+                got=f"{found[:12]}…",
+                expected=f"{wanted[:12]}…",
+                cause="its files were changed, or the digest was taken for other settings of [model] and [task]",
+                remedy="put the model back, or correct its digest in the site file",
+                public="the site's model has another digest than its settings say",
+            )
+
+    def _rows(self, path: Path) -> EncodedData:
+        """The tokenised rows of a file: those kept with the model, if the file is still the same."""
+        task, kept = self.config.task, self.backbone.rows
+        key = (path, _state_of(path), self.site.data)
+        if key not in kept:
+            examples = read_rows(path, task, self.site.data)
+            features = self.backbone.task.encode(examples.texts, examples.text_pairs, task.max_length)
+            kept[key] = EncodedData(features, examples.labels, [len(item["input_ids"]) for item in features])
+            while len(kept) > 2 * _SESSIONS:
+                kept.popitem(last=False)
+        return kept[key]
 
     @property
     def schema(self) -> ModelSchema:
@@ -206,6 +227,7 @@ class LocalTrainer:
             is_head_round=request.is_head_round,
             dropout=not self._is_head_alone(request.bases_digest, request.train_names),
             label=f"{self.site.name} round {request.server_round}",
+            on_step=self.on_step,
         )
         return ClientUpdate(
             arrays=self.backbone.read(request.train_names),
@@ -243,15 +265,29 @@ class LocalTrainer:
         task, data = self._task_for("eval", self._eval, bases_digest)
         outputs, loss = predict(task, data, self.config.train)
         values, counts = metrics.site_metrics(self.config.task.kind, outputs, self._eval.labels)
-        is_shared = self.config.task.share_counts and (self.policy is None or self.policy.allow_share_counts)
+        is_shared = self.config.task.share_counts
+        if self.policy:
+            released = self.policy.released(values)
+            # every metric follows from the counts
+            is_shared = is_shared and self.policy.allow_share_counts and len(released) == len(values)
+            values = released
         return SiteEvaluation(len(self._eval), loss, values, counts if is_shared else {})
 
 
+def _state_of(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written anew; nothing for one that is not there, which its reader will tell."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 def get_trainer(site: SiteSettings, config: RunConfig) -> LocalTrainer:
-    """The site's trainer in this process; its rows are read and tokenised at the first call."""
+    """The site's trainer in this process, made at the first call."""
     key = (site, config.to_json())
     if _sessions and next(iter(_sessions))[1] != key[1]:
-        _sessions.clear()  # another run: its rows, and the model they hold on to, have had their time
+        _sessions.clear()  # another run: the model that its sites hold on to has had its time, unless it is the same
     if key not in _sessions:
         _sessions[key] = LocalTrainer(site, config)
         while len(_sessions) > _SESSIONS:
@@ -261,5 +297,5 @@ def get_trainer(site: SiteSettings, config: RunConfig) -> LocalTrainer:
 
 
 def drop_trainers() -> None:
-    """Forget every site's rows."""
+    """Forget every site."""
     _sessions.clear()

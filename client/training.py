@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +15,9 @@ from tqdm import tqdm
 
 from giva_core.config import TrainConfig
 from giva_core.errors import NumericsError
+
+#: Told after every optimizer step: how many are done, and of how many.
+OnStep = Callable[[int, int], None]
 
 _GROUP = 50  # batches that are sorted by length together: enough to save padding, few enough to stay random
 
@@ -127,6 +130,7 @@ def train_round(
     is_head_round: bool = False,
     dropout: bool = True,
     label: str = "training",
+    on_step: OnStep = lambda step, steps: None,
 ) -> LocalResult:
     """Train for `config.local_epochs` with a fresh AdamW.
 
@@ -143,6 +147,7 @@ def train_round(
         is_head_round: Whether this is a head round, which has a learning rate of its own.
         dropout: Whether the model computes as in training, with its dropout.
         label: What the progress bar is called; it shows on terminals only.
+        on_step: Told of every step.
 
     Raises:
         NumericsError: The loss or a gradient left the finite numbers.
@@ -191,6 +196,7 @@ def train_round(
         optimizer.zero_grad(set_to_none=True)
         losses.append(window_loss)
         step += 1
+        on_step(step, total_steps)
     return LocalResult(step, math.fsum(losses) / max(1, len(losses)))
 
 

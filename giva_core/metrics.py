@@ -184,7 +184,8 @@ def total_metrics(kind: str, sites: Sequence[SiteEvaluation]) -> dict[str, float
 
     With counts from every site all metrics are exact. Without, `accuracy`, `subset_accuracy` and `mse` still are, as
     example-weighted means, and the others become `mean_site_<metric>`. `worst_<main metric>` is the lowest of a site.
-    Sites without examples do not count.
+    Sites without examples do not count. A site may keep a metric to itself: what the others report becomes
+    `mean_site_<metric>` over them, for it is no total.
 
     Raises:
         UpdateError: The sites' counts do not have the same form.
@@ -196,13 +197,14 @@ def total_metrics(kind: str, sites: Sequence[SiteEvaluation]) -> dict[str, float
     if all(site.counts for site in live):
         totals = from_counts(kind, _combined(kind, live))
     else:
-        weight = sum(site.num_examples for site in live)
-        for name in sorted(set.intersection(*(set(site.metrics) for site in live))):
-            mean = math.fsum(site.num_examples * site.metrics[name] for site in live) / weight
-            totals[name if name in MEANS else f"mean_site_{name}"] = mean
+        for name in sorted(set[str]().union(*(site.metrics for site in live))):
+            telling = [site for site in live if name in site.metrics]
+            weight = sum(site.num_examples for site in telling)
+            mean = math.fsum(site.num_examples * site.metrics[name] for site in telling) / weight
+            totals[name if name in MEANS and len(telling) == len(live) else f"mean_site_{name}"] = mean
     main = main_metric(kind)
-    if all(main in site.metrics for site in live):
-        totals[f"worst_{main}"] = min(site.metrics[main] for site in live)
+    if worst := [site.metrics[main] for site in live if main in site.metrics]:
+        totals[f"worst_{main}"] = min(worst)
     return totals
 
 

@@ -76,8 +76,8 @@ def check_sketch_counts(num_examples: int, loss: float, hello: Hello, giva: Giva
 def check_evaluation(evaluation: SiteEvaluation, hello: Hello, task: TaskConfig) -> None:
     """Refuse an evaluation whose numbers cannot be, or whose counts do not add up.
 
-    It has exactly the metrics of its kind of task, so that no site takes one away from everybody; and counts only of
-    exactly the kind's form, and only where the run shares them.
+    It has metrics of its kind of task, all of them or those that its site lets out; and counts only of exactly the
+    kind's form, and only where the run shares them.
 
     Raises:
         UpdateError: Naming the first fault found.
@@ -86,7 +86,7 @@ def check_evaluation(evaluation: SiteEvaluation, hello: Hello, task: TaskConfig)
     n = evaluation.num_examples
     _check_count(n, 1, hello.num_eval, "evaluation")
     _check_loss(evaluation.loss, "evaluation")
-    if evaluation.metrics.keys() != names:
+    if not evaluation.metrics.keys() <= names:
         raise UpdateError(
             "the evaluation's metrics are not those of the task", got=sorted(evaluation.metrics), expected=sorted(names)
         )

@@ -1,4 +1,4 @@
-"""Write what is derived from giva_core/config.py anew: the app's tables in pyproject.toml and docs/configuration.md.
+"""Write what is derived from the code anew: the app's tables in pyproject.toml, and docs/configuration.md.
 
 python tests/regenerate.py
 """
@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from test_architecture import render_defaults
-from test_docs import render_settings
+from test_docs import SITE_TABLE, render_settings, render_site
 
 PROJECT = Path(__file__).parents[1]
 
@@ -21,8 +21,8 @@ def main() -> None:
     block = re.compile(r"\[tool\.flwr\.app\.config\]\n.*?(?=\n# ---|\n\[tool\.(?!flwr\.app\.config))", re.DOTALL)
     path.write_text(block.sub(lambda _: render_defaults().rstrip("\n") + "\n", text, count=1), encoding="utf-8")
     path = PROJECT / "docs" / "configuration.md"
-    intro = path.read_text(encoding="utf-8").partition("\n## Top level")[0]
-    path.write_text(intro + "\n" + render_settings(), encoding="utf-8")
+    intro = path.read_text(encoding="utf-8").partition(SITE_TABLE)[0]
+    path.write_text(intro + render_site() + "\n" + render_settings(), encoding="utf-8")
 
 
 if __name__ == "__main__":

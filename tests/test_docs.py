@@ -6,10 +6,14 @@ from pathlib import Path
 
 import click
 
+from client.site_file import describe
 from giva_core.config import describe_options
 from server.cli.main import NOUNS, cli
 
 DOCS = Path(__file__).parents[1] / "docs"
+
+#: What the table of a site file's keys begins with; the first of its kind on the page.
+SITE_TABLE = "| key | default | meaning |\n|---|---|---|\n"
 
 
 def commands() -> list[str]:
@@ -33,6 +37,22 @@ def render_settings() -> str:
         shown = f"`{default}`" if default else ""
         text += f"| `{key}` | {shown} | {help_text.replace('|', chr(92) + '|')} |\n"
     return text
+
+
+def render_site() -> str:
+    """The table of a site file's keys; `python tests/regenerate.py` puts it there."""
+    rows = [
+        f"| `{key}` | {_cell(default)} | {text.replace('|', chr(92) + '|')} |\n" for key, default, text in describe()
+    ]
+    return SITE_TABLE + "".join(rows)
+
+
+def _cell(default: str) -> str:
+    return f"`{default}`" if default not in ("", "required") else default
+
+
+def test_every_key_of_a_site_file_is_documented_as_it_is():
+    assert render_site() + "\n## Top level" in (DOCS / "configuration.md").read_text(encoding="utf-8")
 
 
 def test_every_setting_is_documented_as_it_is():

@@ -33,6 +33,9 @@ from giva_core.report import Report, Table
 )
 def train(config: Path, folder: Path | None, output: Path, settings: tuple[str, ...]) -> Report:
     """Train an adapter on this machine's data alone."""
+    from client.needs import require_training
+
+    require_training()
     from client.alone import LocalRound, site_at, train_alone
 
     run = RunConfig.from_toml(config, parse_assignments(settings))

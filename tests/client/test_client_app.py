@@ -1,9 +1,12 @@
-"""Message in, message out: failures tell their kind and nothing else, and questions are counted."""
+"""The ClientApp: what it imports, whom it asks, and that failures tell their kind and nothing else."""
 
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,21 +14,16 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from client import app as client_app
-from client.app import SITE_ERROR, answer, from_content, to_content
-from client.policy import Policy
+from client.app import app
+from client.messenger import SITE_ERROR
+from client.records import from_content, to_content
+from client.servicer import KINDS
 from giva_core.config import RunConfig
 from giva_core.errors import DataError, GivaError
 from giva_core.protocol import Payload
 
 SECRET = "patient Miller in /data/ward.jsonl"
-
-
-class Site:
-    """Just enough of a trainer."""
-
-    def __init__(self, config: RunConfig, policy: Policy | None) -> None:
-        self.config, self.policy = config, policy
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +35,7 @@ def task() -> Iterator[None]:
 @pytest.fixture
 def context(toy_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Context:
     monkeypatch.delenv("GIVA_DEBUG", raising=False)
-    monkeypatch.setattr("client.trainer.get_trainer", lambda site, config: Site(config, site.policy))
-    node = {"site": "a", "data-path": "/data", "model-path": "/model"}
-    return Context(1, 5, node, RecordDict(), dict(toy_config.to_flat()))
+    return Context(1, 5, {"partition-id": 1}, RecordDict(), dict(toy_config.to_flat()))
 
 
 def question(payload: Payload = Payload(), kind: str = "train.round") -> Message:  # noqa: B008
@@ -53,9 +49,28 @@ def test_payloads_survive_flower_s_records() -> None:
     np.testing.assert_array_equal(again.arrays["codes"], payload.arrays["codes"])
 
 
-def test_an_answer_is_the_handler_s(context: Context) -> None:
-    reply = answer(question(Payload(values={"n": 2})), context, lambda request, site: Payload(values=request.values))
+def test_a_simulated_site_answers_here_with_its_own_folder(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def answer(kind: str, request: Payload, site: Any, config: RunConfig) -> Payload:
+        seen.append((kind, request.values, site.name, config.giva.rank))
+        return Payload(values={"n": 2})
+
+    monkeypatch.setattr("client.service.answer", answer)
+    reply = app(question(Payload(values={"m": 1}), "train.head"), context)
     assert from_content(reply.content).values == {"n": 2}
+    assert seen == [("train.head", {"m": 1}, "site-2", 4)]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_kind_is_answered_and_the_end_lets_go_of_the_model(
+    context: Context, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    let_go: list[bool] = []
+    monkeypatch.setattr("client.service.answer", lambda *args: Payload(values={"kind": args[0]}))
+    monkeypatch.setattr("client.service.let_go", lambda: let_go.append(True))
+    assert from_content(app(question(kind=kind), context).content).values == {"kind": kind}
+    assert let_go == [True] * (kind == "query.finish")
 
 
 @pytest.mark.parametrize(
@@ -79,11 +94,12 @@ def test_a_failure_s_text_stays_and_shows_only_to_who_asks(
     if debug:
         monkeypatch.setenv("GIVA_DEBUG", "1")
 
-    def fail(request: Payload, site: Any) -> Payload:
+    def fail(*args: Any) -> Payload:
         raise error
 
+    monkeypatch.setattr("client.service.answer", fail)
     with caplog.at_level(logging.DEBUG):
-        reply = answer(question(), context, fail)
+        reply = app(question(), context)
     assert (reply.error.code, reply.error.reason) == (SITE_ERROR, reason)
     assert [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "giva.client"] == [
         ("ERROR", f"train.round failed: {reason}")
@@ -95,29 +111,39 @@ def test_a_failure_s_text_stays_and_shows_only_to_who_asks(
 
 def test_a_configuration_that_cannot_be_read_is_a_failure_too(context: Context) -> None:
     context.run_config["giva.rnk"] = 3
-    assert answer(question(), context, lambda request, site: Payload()).error.reason == "config"
+    assert app(question(), context).error.reason == "config"
 
 
-def calibrate(context: Context, stage: str, codes: list[int]) -> str:
-    """The reason of the refusal; empty for an answer."""
-    payload = Payload({"codes": np.array(codes, np.int16)}, {"stage": stage, "previous": ""})
-    reply = client_app.calibrate(question(payload, "train.calibrate"), context)
-    return reply.error.reason if reply.has_error() else ""
+def test_without_torch_a_simulated_site_says_what_is_missing(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.needs.find_spec", lambda name: None if name == "torch" else name)
+    assert app(question(), context).error.reason == "dependency: what training needs is not installed"
 
 
-def test_a_run_s_calibration_questions_are_counted(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_app, "_calibrate", lambda request, site: Payload())
-    refused = "protocol: more calibration questions than planned"
-    assert [calibrate(context, stage, [1]) for stage in ("range", "left", "right")] == ["", "", ""]
-    assert calibrate(context, "right", [1]) == ""  # the same question has the same answer
-    assert calibrate(context, "right", [2]) == calibrate(context, "coordinates", [1]) == refused
-    assert calibrate(context, "right", [1]) == ""
-    fresh = Context(2, 5, context.node_config, RecordDict(), context.run_config)
-    assert calibrate(fresh, "right", [2]) == ""  # another run
+_FORBIDDEN = ("torch", "transformers", "safetensors", "tqdm", "peft", "client.service", "client.data", "client.trainer")
 
 
-def test_a_simulated_site_counts_nothing(context: Context, monkeypatch: pytest.MonkeyPatch, toy_config) -> None:
-    monkeypatch.setattr(client_app, "_calibrate", lambda request, site: Payload())
-    context.node_config = {"partition-id": 0}
-    assert [calibrate(context, "right", [number]) for number in range(4)] == [""] * 4
-    assert not context.state.config_records
+def test_a_messenger_needs_flower_alone(tmp_path: Path) -> None:
+    """A whole message, to a worker that is not there, where nothing that a worker needs can be imported."""
+    code = f"""
+import sys
+from importlib.abc import MetaPathFinder
+
+class Forbid(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith({_FORBIDDEN!r}):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Forbid())
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from client import messenger
+from client.app import app
+
+messenger.pass_on.__defaults__ = (0.0,)
+TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+context = Context(1, 5, {{"worker": {str(tmp_path / "none.sock")!r}}}, RecordDict(), {{}})
+reply = app(Message(RecordDict({{"values": ConfigRecord({{"n": 1}})}}), 5, "query.hello"), context)
+print(reply.error.code, reply.error.reason)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{SITE_ERROR} the site's worker does not answer"

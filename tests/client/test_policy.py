@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from typing import Any
+
+import numpy as np
 import pytest
 
-from client.policy import Policy
-from giva_core.config import RunConfig
-from giva_core.errors import ConfigError, DataError, ProtocolError, public_reason
+from client.policy import METRICS, Policy, PolicyError
+from giva_core.config import TASKS, RunConfig
+from giva_core.errors import DataError, ProtocolError, public_reason
+from giva_core.metrics import site_metrics
 from giva_core.types import LayerShape, ModelSchema
 
 
@@ -18,53 +23,81 @@ def schema(d_out: int, d_in: int, rank: int = 8) -> ModelSchema:
     return ModelSchema((LayerShape("wide", 900, 800), LayerShape("small", d_out, d_in)), (rank, rank), {})
 
 
-def test_node_config_sets_limits_and_the_rest_stays() -> None:
-    node = {
-        "site": "a",
-        "allow-model-hub": True,
-        "allowed-methods": "giva, lora",
-        "allow-share-counts": True,
-        "max-sketch-share": 1,
-        "min_train_examples": 100,
-    }
-    expected = Policy(("giva", "lora"), allow_share_counts=True, max_sketch_share=1.0, min_train_examples=100)
-    assert Policy.from_node_config(node) == expected
-    assert Policy.from_node_config({"partition-id": 3, "text-column": "report"}) == Policy()
+def refused(policy: Policy, run: RunConfig) -> str:
+    """The public reason, empty where the run is allowed."""
+    try:
+        policy.check_run(run)
+    except PolicyError as error:
+        return public_reason(error)
+    return ""
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("settings", "reason", "roomier"),
     [
-        ("allow-share-counts", "true"),
-        ("min-eval-examples", 2.5),
-        ("min-eval-examples", True),
-        ("min-eval-examples", -1),
-        ("max-sketch-share", float("nan")),
-        ("allowed-methods", 1),
-        ("min-eval-example", 50),
-        ("allow-counts", False),
+        ({"method": "lora"}, "methods does not allow the method lora", {"methods": ("giva", "lora")}),
+        ({"task__kind": "regression"}, "tasks does not allow the task regression", {"tasks": TASKS}),
+        (
+            {"giva__modules_to_save": '["embeddings"]'},
+            "allow-modules-to-save does not allow giva.modules-to-save",
+            {"allow_modules_to_save": True},
+        ),
+        ({"giva__rank": 65}, "max-rank does not allow rank 65", {"max_rank": 65}),
+        ({"train__local_epochs": 5.5}, "max-local-epochs does not allow 5.5 local epochs", {"max_local_epochs": 5.5}),
+        (
+            {"rounds__head_rounds": 1, "train__warm_head_epochs": 6.0},
+            "max-local-epochs does not allow 6 epochs in a head round",
+            {"max_local_epochs": 6.0},
+        ),
+        (
+            {"rounds__num_rounds": 198, "rounds__head_rounds": 3},
+            "max-rounds does not allow 201 rounds",
+            {"max_rounds": 201},
+        ),
     ],
 )
-def test_a_limit_that_cannot_be_read_is_no_limit_less(key: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=key) as caught:
-        Policy.from_node_config({key: value})
-    assert public_reason(caught.value) == "config: the node's configuration is not valid"
+def test_runs_that_a_site_refuses(settings: dict[str, object], reason: str, roomier: dict[str, Any]) -> None:
+    strict, run = Policy(tasks=("classification",)), config(**settings)
+    assert refused(strict, config()) == ""
+    assert refused(strict, run) == f"policy: the site's {reason}" and "embeddings" not in refused(strict, run)
+    assert refused(Policy(**{"tasks": ("classification",), **roomier}), run) == ""
+
+
+def test_a_lora_s_rank_is_its_own() -> None:
+    policy = Policy(methods=("lora",), max_rank=16)
+    assert refused(policy, config(method="lora", lora__rank=16, giva__rank=64)) == ""
+    assert refused(policy, config(method="lora", lora__rank=17)) == "policy: the site's max-rank does not allow rank 17"
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"),
+    ("hours", "opened", "closed"),
     [
-        ({"method": "lora"}, "the site's allowed-methods does not allow the method lora"),
-        ({"giva__modules_to_save": '["embeddings"]'}, "the site's allow-modules-to-save does not allow"),
+        ("20:00-06:00", ["20:00", "23:59", "00:00", "05:59"], ["06:00", "12:00", "19:59"]),
+        ("08:30-17:00", ["08:30", "12:00", "16:59"], ["08:29", "17:00", "00:00"]),
+        ("12:00-12:00", ["00:00", "11:59", "12:00"], []),
+        ("", ["00:00", "12:00"], []),
     ],
 )
-def test_methods_and_modules(settings: dict[str, object], reason: str) -> None:
-    run = config(**settings)
-    with pytest.raises(ConfigError) as caught:
-        Policy().check_run(run)
-    assert reason in public_reason(caught.value) and "embeddings" not in public_reason(caught.value)
-    Policy().check_run(config())
-    Policy(("lora", "giva"), allow_modules_to_save=True).check_run(run)
+def test_hours(hours: str, opened: list[str], closed: list[str]) -> None:
+    policy = Policy(hours=hours)
+    for clock in opened:
+        policy.check_hours(datetime.fromisoformat(f"2026-01-02T{clock}"))
+    for clock in closed:
+        with pytest.raises(PolicyError) as caught:
+            policy.check_hours(datetime.fromisoformat(f"2026-01-02T{clock}"))
+        assert public_reason(caught.value) == "policy: the site's hours does not allow work at this time of day"
+
+
+def test_metrics_that_may_leave() -> None:
+    assert Policy(metrics=("mcc",)).released({"accuracy": 0.5, "mcc": 0.1}) == {"mcc": 0.1}
+    every = {name for kind in TASKS for name in metrics_of(kind)}
+    assert every == set(METRICS) and Policy().released(dict.fromkeys(every, 0.0)).keys() == every
+
+
+def metrics_of(kind: str) -> set[str]:
+    outputs = np.zeros(3) if kind == "regression" else np.zeros((3, 2))
+    labels = np.zeros(3, np.int64) if kind == "classification" else outputs
+    return set(site_metrics(kind, outputs, labels)[0])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +115,7 @@ def test_sketches_of_all_passes_stay_under_their_share(settings: dict[str, objec
     enough = schema(700, least) if is_tall else schema(least, 700)
     Policy().check_sketches(enough, giva)
     short = schema(700, least - 1) if is_tall else schema(least - 1, 700)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(PolicyError) as caught:
         Policy().check_sketches(short, giva)
     assert "max-sketch-share" in public_reason(caught.value) and "small" not in public_reason(caught.value)
     Policy(max_sketch_share=1.0).check_sketches(short, giva)
@@ -106,8 +139,15 @@ def test_too_few_examples(counts: tuple[int, int, int], key: str) -> None:
 
 def test_calibration_questions_are_those_of_the_plan() -> None:
     giva = config(giva__power_passes=2).giva
-    Policy().check_question("right", 2, giva)
+    Policy().check_calibration("right", 2, giva)
     for stage, asked in (("right", 3), ("range", 2), ("coordinates", 1)):
         with pytest.raises(ProtocolError) as caught:
-            Policy().check_question(stage, asked, giva)
+            Policy().check_calibration(stage, asked, giva)
         assert public_reason(caught.value) == "protocol: more calibration questions than planned"
+
+
+def test_rounds_are_counted_whatever_the_run_s_configuration_said() -> None:
+    Policy(max_rounds=3).check_rounds(3)
+    with pytest.raises(PolicyError) as caught:
+        Policy(max_rounds=3).check_rounds(4)
+    assert public_reason(caught.value) == "policy: the site's max-rounds does not allow 4 rounds"

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from client.policy import Policy
+from client.backbone import model_loads
+from client.policy import Policy, PolicyError
 from client.site import SiteSettings
 from client.trainer import LocalTrainer, drop_trainers, get_trainer
 from client.training import examples_in_round, steps_in_round
 from giva_core import calibration
 from giva_core.config import RunConfig, TrainConfig
-from giva_core.errors import ConfigError, DataError
+from giva_core.errors import DataError, GivaError, public_reason
 from giva_core.protocol import TrainRequest, arrays_digest, trained_names
 
 ROOMY = {"giva__rank": 2, "giva__oversampling": 2}  # sketches of 4 columns, twice, in layers of 16
@@ -77,14 +80,14 @@ def test_a_policy_comes_before_the_work(
     toy_config: RunConfig, toy_folder: Path, policy: Policy, settings: dict[str, object], message: str
 ) -> None:
     config = toy_config.replace(**{**ROOMY, **settings})
-    with pytest.raises((ConfigError, DataError), match=message):
+    with pytest.raises(GivaError, match=message):
         LocalTrainer(site_of(config, toy_folder, policy), config)
     assert LocalTrainer(site_of(config, toy_folder), config).hello().num_train == 24
 
 
 def test_a_refused_configuration_reads_no_row(toy_config: RunConfig, tmp_path: Path) -> None:
     config = toy_config.replace(giva__rank=8)  # the folder does not exist, and nobody looks
-    with pytest.raises(ConfigError, match="sketches as wide"):
+    with pytest.raises(PolicyError, match="sketches as wide"):
         LocalTrainer(site_of(config, tmp_path, Policy()), config)
 
 
@@ -132,3 +135,49 @@ def test_trainers_are_kept_by_site_and_run(toy_config: RunConfig, toy_folder: Pa
     assert json.loads(get_trainer(site, config.replace(giva__seed=5)).config.to_json())["giva.seed"] == 5
     assert get_trainer(site, config) is not first  # another run came between
     drop_trainers()
+
+
+def test_another_model_than_the_site_names_is_refused(toy_config: RunConfig, toy_folder: Path) -> None:
+    config = toy_config.replace(**ROOMY)
+    right = LocalTrainer(site_of(config, toy_folder), config).backbone.model_digest
+    named = replace(site_of(config, toy_folder), model_digest=right)
+    assert LocalTrainer(named, config).hello().model_digest == right
+    with pytest.raises(GivaError, match="not the one that the site file names") as caught:
+        LocalTrainer(replace(named, model_digest="0" * 64), config)
+    assert public_reason(caught.value) == "config: the site's model has another digest than its settings say"
+
+
+def test_metrics_that_may_not_leave_take_the_counts_with_them(toy_config: RunConfig, toy_folder: Path) -> None:
+    config = toy_config.replace(**ROOMY)
+    site = site_of(config, toy_folder, Policy(metrics=("mcc",), allow_share_counts=True))
+    trainer = LocalTrainer(site, config)
+    evaluation = trainer.evaluate(trainer.initial_state(), "")
+    assert set(evaluation.metrics) == {"mcc"} and not evaluation.counts and evaluation.num_examples == 11
+
+
+def test_model_and_rows_serve_the_next_run(toy_config: RunConfig, toy_folder: Path, tmp_path: Path) -> None:
+    drop_trainers()
+    shutil.copytree(toy_folder / "site-1", tmp_path / "site-1")
+    config = toy_config.replace(**ROOMY)
+    site = site_of(config, tmp_path)
+    first = get_trainer(site, config)
+    loads = model_loads()
+    second = get_trainer(site, config.replace(train__learning_rate=0.5, rounds__num_rounds=9))
+    assert second is not first and second.backbone is first.backbone and model_loads() == loads
+    assert second._train is first._train and second._eval is first._eval
+    path = site.train_path
+    path.write_text(path.read_text(encoding="utf-8") * 2, encoding="utf-8")
+    third = get_trainer(site, config)
+    assert third.backbone is first.backbone and third.hello().num_train == 2 * first.hello().num_train
+    assert get_trainer(site, config.replace(task__max_length=9)).backbone is not first.backbone
+    assert model_loads() == loads + 1
+    drop_trainers()
+
+
+def test_every_step_is_told(toy_config: RunConfig, toy_folder: Path) -> None:
+    trainer = LocalTrainer(site_of(toy_config, toy_folder), toy_config)
+    told: list[tuple[int, int]] = []
+    trainer.on_step = lambda step, steps: told.append((step, steps))
+    names = trained_names(trainer.schema, "head", "")
+    trainer.train(TrainRequest(trainer.initial_state(), 1, 1, "", names, is_head_round=True))
+    assert told == [(1, 3), (2, 3), (3, 3)]

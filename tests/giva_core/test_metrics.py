@@ -98,6 +98,12 @@ def test_sites_without_examples_do_not_count():
     assert total_metrics("classification", [empty]) == total_metrics("classification", []) == {}
 
 
+def test_a_metric_that_a_site_keeps_to_itself_is_no_total():
+    open_site, closed = SiteEvaluation(10, 0.5, {"accuracy": 0.5, "mcc": 0.25}), SiteEvaluation(30, 0.5, {"mcc": 0.75})
+    totals = total_metrics("classification", [open_site, closed])
+    assert totals == {"mean_site_accuracy": 0.5, "mean_site_mcc": 0.625, "worst_accuracy": 0.5}
+
+
 def test_undefined_values_are_zero():
     one_class = site_metrics("classification", np.eye(3)[[1, 1]], np.array([1, 1]))[0]
     assert one_class == {"accuracy": 1.0, "macro_f1": 1.0, "mcc": 0.0}

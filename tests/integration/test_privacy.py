@@ -1,4 +1,4 @@
-"""What leaves a deployed site, byte by byte: the real ClientApp under a real federation, every reply written down."""
+"""What leaves a deployed site, byte by byte: messenger and worker under a real federation, every reply written down."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 import logging
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +19,13 @@ from flwr.common.serde import message_to_proto
 
 from client.app import app
 from client.backbone import drop_backbones
+from client.servicer import Servicer
+from client.site_file import SiteFile
 from client.trainer import LocalTrainer, drop_trainers
+from client.wire import worker_pb2 as pb
+from client.wire.codec import WIRE_VERSION
+from client.worker_process import work
+from client.worker_tasks import Task
 from giva_core.config import RunConfig
 from giva_core.errors import GivaError
 from server.run_store import RunStore
@@ -32,6 +41,8 @@ UPDATE = (
     {"state": "float32"},
     {"num-examples": "int", "num-steps": "int", "train-loss": "float", "bases": "str", "seconds": "float"},
 )
+#: The evaluation of the state that a site gets to train from comes with its update.
+EVALUATION = {f"evaluation.{name}": kind for name, kind in {"num-examples": "int", "loss": "float", **METRICS}.items()}
 REPLIES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "query.hello": (
         {},
@@ -51,8 +62,27 @@ REPLIES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 }
 
 
+class WorkerHere:
+    """Stands where a worker's child does, and works in this process: no pipe, the same bytes."""
+
+    def __init__(self, site: SiteFile) -> None:
+        self._site = site
+
+    def submit(self, task: Task) -> Future[bytes]:
+        future: Future[bytes] = Future()
+        future.set_result(work(self._site, task.request, lambda told: None)[1])
+        return future
+
+    def count_refused(self) -> None:
+        """Nobody asks."""
+
+    def is_active(self) -> bool:
+        """The messenger waits."""
+        return True
+
+
 class Recorder:
-    """The real ClientApp, with every reply kept as the bytes that travel."""
+    """The real ClientApp, with every reply kept as the bytes that travel: from the worker, and from the messenger."""
 
     def __init__(self) -> None:
         self.replies: list[tuple[str, Message]] = []
@@ -79,24 +109,40 @@ class Clinic:
             folder.mkdir(parents=True)
             for name, count in ((TRAIN, 24), (TEST, 12)):
                 self.write(folder / name, [self.row(rng) for _ in range(count)])
-        self.nodes: list[dict[str, Any]] = [
+        model = Path(config.model.path)
+        self.sites: list[dict[str, Any]] = [
             {
-                "site": f"clinic-{number}",
-                "data-path": str(folder),
-                "model-path": config.model.path,
-                "train-file": TRAIN,
-                "eval-file": TEST,
-                "device": "cpu",
+                "name": f"clinic-{number}",
+                "data": {"folder": str(folder), "train-file": TRAIN, "eval-file": TEST},
+                "models": {model.name: {"path": str(model)}},
+                "policy": {},
+                "worker": {"device": "cpu"},
             }
             for number, folder in enumerate(self.folders)
         ]
         monkeypatch.setenv("GIVA_SIMULATION", "0")  # the engine sets what is not set
+        monkeypatch.setenv("GIVA_HOME", str(root / "cache"))
         monkeypatch.delenv("GIVA_DEBUG", raising=False)
         monkeypatch.setattr("server.simulate.load_app", lambda: self.recorder)
-        nodes = self.nodes
-        monkeypatch.setattr("server.simulate.simulated_nodes", lambda config: dict(enumerate(nodes, start=1001)))
+        monkeypatch.setattr("client.messenger.Link", self.link)
+        nodes = {1001 + number: {"worker": f"/run/{number}.sock"} for number in range(3)}
+        monkeypatch.setattr("server.simulate.simulated_nodes", lambda config: nodes)
         drop_trainers()
         drop_backbones()
+
+    @contextmanager
+    def link(self, socket: str, patience_seconds: float) -> Iterator[Any]:
+        """In place of the connection to a worker: the worker's own code, with the bytes of requests and replies."""
+        site = SiteFile.from_tables(self.sites[int(Path(socket).stem)], Path("/"))
+        here: Any = WorkerHere(site)
+        servicer = Servicer(site, here, "none")
+
+        def ask(request: pb.Request, timeout_seconds: float | None) -> pb.Reply:
+            request.protocol = WIRE_VERSION
+            self.recorder.wire.append(servicer.ask(request.SerializeToString(), here))
+            return pb.Reply.FromString(self.recorder.wire[-1])
+
+        yield SimpleNamespace(ask=ask)
 
     @staticmethod
     def row(rng: random.Random) -> dict[str, str]:
@@ -164,20 +210,24 @@ def test_replies_hold_these_arrays_and_values_and_nothing_of_a_row(
         content = reply.content
         assert {n: a.dtype for record in content.array_records.values() for n, a in record.items()} == arrays, kind
         found = {n: v for record in content.config_records.values() for n, v in record.items()}
-        assert {name: type(value).__name__ for name, value in found.items()} == values, kind
+        kinds_found = {name: type(value).__name__ for name, value in found.items()}
+        is_update = (arrays, values) == UPDATE
+        assert kinds_found == values or (is_update and kinds_found == {**values, **EVALUATION}), kind
         assert not content.metric_records
     assert leaked(clinic.secrets(), said()) == set()
 
 
 def test_counts_leave_only_where_the_site_allows_them(clinic: Clinic) -> None:
     assert clinic.config.task.share_counts
-    clinic.nodes[1]["allow-share-counts"] = True
+    clinic.sites[1]["policy"]["allow-share-counts"] = True
     run_id = clinic.run()
-    sent = [
-        {name for record in reply.content.array_records.values() for name in record}
-        for kind, reply in clinic.recorder.replies
-        if kind == "evaluate.round"
-    ]
+    sent: list[set[str]] = []
+    for kind, reply in clinic.recorder.replies:
+        arrays = {name for record in reply.content.array_records.values() for name in record} - REPLIES[kind][0].keys()
+        if kind == "evaluate.round" or "evaluation.loss" in reply.content.config_records["values"]:
+            sent.append({name.removeprefix("evaluation.") for name in arrays})
+        else:
+            assert not arrays, kind
     assert len(sent) == 3 * 3 and sum(bool(names) for names in sent) == 3
     assert all(name.startswith("count.") for names in sent for name in names)
     metrics = clinic.store.rounds(run_id, "train")[-1].metrics
@@ -188,18 +238,22 @@ def test_counts_leave_only_where_the_site_allows_them(clinic: Clinic) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "node", "reason"),
+    ("settings", "policy", "reason"),
     [
-        ({"method": "lora"}, {}, "config: the site's allowed-methods does not allow the method lora"),
+        ({"method": "lora"}, {}, "policy: the site's methods does not allow the method lora"),
+        ({}, {"tasks": ["regression"]}, "policy: the site's tasks does not allow the task classification"),
         (
             {"giva__modules_to_save": '["word_embeddings"]'},
             {},
-            "config: the site's allow-modules-to-save does not allow giva.modules-to-save",
+            "policy: the site's allow-modules-to-save does not allow giva.modules-to-save",
         ),
+        ({"giva__rank": 65}, {}, "policy: the site's max-rank does not allow rank 65"),
+        ({"train__local_epochs": 6.0}, {}, "policy: the site's max-local-epochs does not allow 6 local epochs"),
+        ({}, {"max-rounds": 2}, "policy: the site's max-rounds does not allow 3 rounds"),
         (
             {"giva__rank": 4},
             {},
-            "config: the site's max-sketch-share does not allow sketches as wide as giva.rank and giva.power-passes "
+            "policy: the site's max-sketch-share does not allow sketches as wide as giva.rank and giva.power-passes "
             "make them",
         ),
         ({"giva__calibration_batch_size": 4}, {}, "data: fewer examples than the site's min-calibration-examples"),
@@ -209,29 +263,30 @@ def test_counts_leave_only_where_the_site_allows_them(clinic: Clinic) -> None:
             "data: fewer examples than the site's min-round-examples",
         ),
         ({}, {"min-train-examples": 25}, "data: fewer examples than the site's min-train-examples"),
-        ({}, {"min-train-example": 25}, "config: the node's configuration is not valid"),
-        ({}, {"site": None}, "config: the node's configuration has no site"),
-        ({}, {"data-path": None, "partition-id": 0}, "config: the node's configuration has no data-path"),
-        ({}, {"model-path": None}, "config: the node's configuration has no model-path"),
+        ({"model__path": "/etc/passwd"}, {}, "policy: the site's models do not include the run's"),
     ],
 )
 def test_what_a_site_refuses(
     clinic: Clinic,
     said: Callable[[], list[bytes]],
     settings: dict[str, object],
-    node: dict[str, object],
+    policy: dict[str, object],
     reason: str,
 ) -> None:
-    for own in clinic.nodes:
-        own.update(node)
-        for key in [key for key, value in own.items() if value is None]:
-            del own[key]
+    for site in clinic.sites:
+        site["policy"].update(policy)
     assert clinic.fail(**settings) == {reason}
     assert leaked(clinic.secrets(), said()) == set()
 
 
+def test_a_node_without_a_worker_is_told_so(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = {1001 + number: {"partition-id": number} for number in range(3)}
+    monkeypatch.setattr("server.simulate.simulated_nodes", lambda config: nodes)
+    assert clinic.fail() == {"config: the node's configuration has no worker"}
+
+
 def test_a_site_with_few_evaluation_rows_reports_none(clinic: Clinic) -> None:
-    clinic.nodes[0]["min-eval-examples"] = 13
+    clinic.sites[0]["policy"]["min-eval-examples"] = 13
     run_id = clinic.run(rounds__num_rounds=1)
     [hello] = [h for h in clinic.store.rounds(run_id, "hello")[0].sites if h.site == "clinic-0"]
     asked = [reply for kind, reply in clinic.recorder.replies if kind == "evaluate.round"]
@@ -256,18 +311,18 @@ def missing_column(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_model(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
-    clinic.nodes[0]["model-path"] = str(clinic.folders[0])
+    clinic.sites[0]["models"] = {Path(clinic.config.model.path).name: {"path": str(clinic.folders[0])}}
 
 
 def foreign_exception(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = LocalTrainer._encode
+    real = LocalTrainer._rows
 
-    def encode(self: LocalTrainer, examples: Any) -> Any:
+    def rows(self: LocalTrainer, path: Path) -> Any:
         if self.site.name == "clinic-0":
-            raise RuntimeError(f"cannot encode {examples.texts[0]} of {self.site.train_path}")
-        return real(self, examples)
+            raise RuntimeError(f"cannot encode {path.read_text(encoding='utf-8')} of {path}")
+        return real(self, path)
 
-    monkeypatch.setattr(LocalTrainer, "_encode", encode)
+    monkeypatch.setattr(LocalTrainer, "_rows", rows)
 
 
 @pytest.mark.parametrize(

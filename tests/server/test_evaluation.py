@@ -25,10 +25,10 @@ def answer(site: str, payload: Payload | None, status: str = "ok", reason: str =
 
 def test_each_answer_finds_its_record() -> None:
     sound = evaluation_to_payload(SiteEvaluation(9, 0.5, METRICS))
-    fewer = evaluation_to_payload(SiteEvaluation(9, 0.5, {"accuracy": 0.5}))
+    other = evaluation_to_payload(SiteEvaluation(9, 0.5, {"accuracy": 0.5, "bleu": 0.5}))
     text = Payload(values={**sound.values, "metric.mcc": "high"})
     answers = [
-        answer("a", sound), answer("b", fewer), answer("c", text), answer("d", None, "missing", "node left"),
+        answer("a", sound), answer("b", other), answer("c", text), answer("d", None, "missing", "node left"),
         answer("e", sound),
     ]  # fmt: skip
     before = [SiteRecord("e", "ok", num_examples=40, bytes_up=1), SiteRecord("a", "refused", "not finite")]

@@ -1,0 +1,144 @@
+"""What `giva site check` tries before a site joins: the data, the models, the bases, the network. It joins nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from giva_core.config import DataConfig, RunConfig
+from giva_core.errors import DataError, GivaError
+
+from .needs import require_training
+from .site_file import SiteFile
+
+_PACKAGES = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was tried.
+
+    Attributes:
+        what: What was tried.
+        ok: Whether a worker could work with it.
+        found: What was found, or what is wrong with it.
+    """
+
+    what: str
+    ok: bool
+    found: str
+
+
+def check_site(path: Path, run: RunConfig | None = None) -> list[Check]:
+    """Try everything that a run would need.
+
+    Args:
+        path: The site file.
+        run: A run's configuration, to check labels and policy against, and to take the models' digests with.
+
+    Raises:
+        ConfigError: The site file cannot be used; nothing else is tried then.
+    """
+    site = SiteFile.read(path)
+    checks = [Check("site file", True, f"site {site.name}, {len(site.models)} models")]
+    checks += [_network(site)]
+    checks += [_rows(site, name, run) for name in (site.data.train_file, site.data.eval_file) if name]
+    checks += [_model(site, name, run or RunConfig()) for name in site.models]
+    checks += [_bases()]
+    if run:
+        checks += [_policy(site, run)]
+    return checks
+
+
+def _tried(what: str, error: GivaError) -> Check:
+    return Check(what, False, str(error))
+
+
+def _policy(site: SiteFile, run: RunConfig) -> Check:
+    try:
+        site.policy.check_run(run)
+        site.local_config(run)
+    except GivaError as error:
+        return _tried("the run and the policy", error)
+    return Check("the run and the policy", True, "allowed, as far as its configuration tells")
+
+
+def _rows(site: SiteFile, name: str, run: RunConfig | None) -> Check:
+    from .data import read_rows
+
+    path = Path(site.data.folder) / name
+    try:
+        if run:
+            return Check(name, True, f"{len(read_rows(path, run.task, site.data))} rows")
+        return Check(name, True, f"{_count_rows(path, site.data)} rows; --config RUN.toml checks their labels, too")
+    except GivaError as error:
+        return _tried(name, error)
+
+
+def _count_rows(path: Path, data: DataConfig) -> int:
+    """Rows that have the site's columns, whatever is in them: what a label may be is for a run to say.
+
+    Raises:
+        DataError: The file cannot be read, or a row lacks a column.
+    """
+    from .data import _open
+
+    columns = [column for column in (data.text_column, data.text_pair_column, data.label_column) if column]
+    count = 0
+    try:
+        for line, row in _open(path, columns):
+            if isinstance(row, str):
+                raise DataError(f"{path} has a row that cannot be read", got=f"line {line}: {row}")
+            if missing := [column for column in columns if row.get(column) is None]:
+                raise DataError(f"{path} has a row without {' and '.join(missing)}", got=f"line {line}")
+            count += 1
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read", got=error.strerror, remedy="correct [data] in the site file"
+        ) from None
+    if count == 0:
+        raise DataError(f"{path} holds no examples", expected="at least one row")
+    return count
+
+
+def _model(site: SiteFile, name: str, run: RunConfig) -> Check:
+    what, model = f"model {name}", site.models[name]
+    try:
+        require_training()
+        from giva_core.models import load_task_model
+
+        local = site.local_config(replace(run, model=replace(run.model, path=name)))
+        labels = run.task.labels or ("a", "b")
+        digest = load_task_model(replace(local, task=replace(run.task, labels=labels))).weights_digest()
+    except GivaError as error:
+        return _tried(what, error)
+    if model.digest and model.digest != digest:
+        return Check(what, False, f"{digest} is not the digest in the site file")
+    return Check(what, True, f"digest {digest}" + ("" if model.digest else "; the site file does not hold it to one"))
+
+
+def _bases() -> Check:
+    from giva_core import selftest
+
+    result = selftest.run()
+    found = "the same as on every machine" if result.passed else "other than on other machines: `giva bases self-test`"
+    return Check("bases", result.passed, found)
+
+
+def _network(site: SiteFile) -> Check:
+    """Whether a process like the worker can leave the network, tried by one that then ends."""
+    if site.worker.network == "host":
+        return Check("network", True, "worker.network = host: the worker stays in it")
+    code = "from client.isolation import leave_network as leave; print(leave())"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={"PYTHONPATH": str(_PACKAGES)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return Check("network", True, f"the worker can leave it: {done.stdout.strip()}")
+    return Check("network", False, done.stderr.strip().splitlines()[-1])

@@ -1,0 +1,123 @@
+"""Payloads as protobuf messages and back. What comes in is checked before numpy looks at it.
+
+`worker_pb2` is generated from `worker.proto` by `make proto`, and committed: Flower ships tracked .py files alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from giva_core.errors import ProtocolError
+from giva_core.protocol import Payload, Value
+
+from . import worker_pb2 as pb
+
+#: Raised with every change of worker.proto; messenger and worker of one site have to be of one version.
+WIRE_VERSION = 1
+
+#: Longest message that either side takes.
+MAX_MESSAGE_BYTES = 256 << 20
+
+#: numpy's kinds of numbers that travel: truth values, integers, floats.
+_KINDS = "biuf"
+_MAX_DIMENSIONS = 8
+
+_Question = TypeVar("_Question", pb.Request, pb.StatusRequest)
+
+
+def to_wire(payload: Payload) -> pb.Payload:
+    """A payload as a protobuf message."""
+    message = pb.Payload()
+    for name, array in payload.arrays.items():
+        own = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        message.arrays.add(name=name, dtype=own.dtype.str, shape=array.shape, data=own.tobytes())
+    for name, value in payload.values.items():
+        add_value(message, name, value)
+    return message
+
+
+def add_value(message: pb.Payload, name: str, value: Value) -> None:
+    """Add a scalar to a message."""
+    if isinstance(value, bool):
+        message.values.add(name=name, flag=value)
+    elif isinstance(value, int):
+        message.values.add(name=name, integer=value)
+    elif isinstance(value, float):
+        message.values.add(name=name, number=value)
+    else:
+        message.values.add(name=name, text=value)
+
+
+def values_of(message: pb.Payload) -> dict[str, Value]:
+    """The scalars of a message; those without a value are left out."""
+    found = {value.name: (value, value.WhichOneof("value")) for value in message.values}
+    return {name: getattr(value, kind) for name, (value, kind) in found.items() if kind}
+
+
+def from_wire(message: pb.Payload) -> Payload:
+    """The inverse of `to_wire`; the arrays are copies.
+
+    Raises:
+        ProtocolError: An array is of no known type, or its bytes do not fill its shape.
+    """
+    return Payload({array.name: _array(array) for array in message.arrays}, values_of(message))
+
+
+def _array(message: pb.Array) -> np.ndarray:
+    shape = tuple(message.shape)
+    try:
+        dtype = np.dtype(message.dtype)
+    except (TypeError, ValueError, SyntaxError):
+        dtype = np.dtype(object)
+    # the text is compared, too: numpy reads many things as a type, structures and objects among them
+    is_known = dtype.kind in _KINDS and dtype.str == message.dtype
+    if not is_known or len(shape) > _MAX_DIMENSIONS or min(shape, default=0) < 0:
+        raise ProtocolError("an array is of no known type", public="an array is of no known type")
+    if math.prod(shape) * dtype.itemsize != len(message.data):
+        raise ProtocolError(
+            "an array's bytes do not fill its shape",
+            got=f"{len(message.data)} bytes",
+            expected=f"{shape} of {dtype.itemsize} bytes",
+            public="an array's bytes do not fill its shape",
+        )
+    return np.frombuffer(message.data, dtype).reshape(shape).copy()
+
+
+def parse_request(data: bytes) -> pb.Request:
+    """Read a request.
+
+    Raises:
+        ProtocolError: That is no request, or one of another version.
+    """
+    return _checked(pb.Request(), data)
+
+
+def parse_status_request(data: bytes) -> pb.StatusRequest:
+    """Read a question for the status; raises ProtocolError as `parse_request` does."""
+    return _checked(pb.StatusRequest(), data)
+
+
+def refusal(reason: str) -> pb.Reply:
+    """A reply without a payload."""
+    return pb.Reply(protocol=WIRE_VERSION, reason=reason)
+
+
+def _checked(message: _Question, data: bytes) -> _Question:
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        raise ProtocolError("a request cannot be read", public="the request cannot be read") from None
+    if message.protocol != WIRE_VERSION:
+        raise ProtocolError(
+            "messenger and worker speak different versions",
+            got=message.protocol,
+            expected=WIRE_VERSION,
+            cause="the site's worker and the server's app bundle come from different releases",
+            remedy="install the same fedgiva version at server and site",
+            public=f"messenger and worker speak different versions, {message.protocol} and {WIRE_VERSION}",
+        )
+    return message
