@@ -65,5 +65,6 @@ def main(grid: Grid, context: Context) -> None:
     if not log.handlers:  # Flower sets up its own logger only; the root logger would print every library's chatter
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
+    store.set_facts(run_id, {"flower_run_id": str(context.run_id)})  # what `giva run stop` has to end
     log.info("run %s", run_id)
     Federation(grid, config, store, run_id, tell).run()

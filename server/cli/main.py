@@ -21,12 +21,15 @@ from giva_core.errors import GivaError
 
 from . import result
 
-#: Noun -> (`module:attribute` of its command, help). Text, so that `giva --help` imports none of them.
+#: Noun -> (`module:attribute` of its command, help). Text, so that `giva --help` imports none of them. Where server and
+#: sites both have commands of a noun, there are two, with a space between them: neither side imports the other.
 NOUNS = {
     "simulate": ("server.cli.simulate:simulate", "Run a whole federation on this machine."),
     "train": ("client.cli.train:train", "Train an adapter on one site's data, without a federation."),
     "data": ("client.cli.data:data", "Fetch, split and check data."),
-    "run": ("server.cli.run:run", "List, show and resume runs."),
+    "site": ("server.cli.site:site client.cli.site:site", "Run a site; approve, list and revoke sites."),
+    "superlink": ("server.cli.superlink:superlink", "Add, list and check connections to SuperLinks."),
+    "run": ("server.cli.run:run", "Start, stop, resume, list and show runs."),
     "round": ("server.cli.round:round_", "Look into the rounds of a run."),
     "metrics": ("server.cli.metrics:metrics", "Show, export and plot the metrics of runs."),
     "bases": ("server.cli.bases:bases", "Prove that this machine builds the same bases; show bases."),
@@ -45,8 +48,7 @@ class LazyGroup(click.Group):
         """Import one noun's command."""
         if cmd_name not in NOUNS:
             return None
-        module, _, attribute = NOUNS[cmd_name][0].partition(":")
-        return _rendered(getattr(importlib.import_module(module), attribute))
+        return _rendered(_joined([_imported(reference) for reference in NOUNS[cmd_name][0].split()]))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list in `giva --help`, from the table alone."""
@@ -77,6 +79,25 @@ class LazyGroup(click.Group):
             # the exception's own text may hold data: only its type is shown unasked
             hint = "set GIVA_DEBUG=1 to see where it came from, and report it"
             fail("internal", f"unexpected {type(error).__name__}; this is a defect of the program: {hint}", 1)
+
+
+def _imported(reference: str) -> click.Command:
+    module, _, attribute = reference.partition(":")
+    command: click.Command = getattr(importlib.import_module(module), attribute)
+    return command
+
+
+def _joined(halves: list[click.Command]) -> click.Command:
+    """One command of one; one group, named and described by the first, of several."""
+    first, *others = halves
+    if not others:
+        return first
+    group = copy.copy(first)
+    if not isinstance(group, click.Group) or not all(isinstance(other, click.Group) for other in others):
+        raise TypeError(f"only groups can be joined: {first.name}")
+    for other in others:
+        group.commands = {**group.commands, **other.commands}  # type: ignore[attr-defined]
+    return group
 
 
 def _rendered(command: click.Command) -> click.Command:

@@ -11,7 +11,10 @@ import click
 from giva_core.errors import StoreError
 
 if TYPE_CHECKING:
+    from server.flower import SuperLink
     from server.run_store import RunStore
+
+_SUPERLINK_HELP = "Which SuperLink, see `giva superlink list`.  [default: the one added last]"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -52,3 +55,48 @@ def write_output(path: Path, content: bytes) -> None:
         write_atomically(path, content)
     except OSError as error:
         raise StoreError(f"{path} cannot be written", got=error.strerror, remedy="choose another --output") from error
+
+
+def settings_option(command: F) -> F:
+    """`--set KEY=VALUE`, any number of them; the command receives `settings`, flat settings by key."""
+    return click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=_parse_settings,
+        help="Override a setting, e.g. --set rounds.num-rounds=3.",
+    )(command)
+
+
+def superlink_option(command: F) -> F:
+    """`--superlink CONNECTION`; the command receives `link`, a `SuperLink`."""
+    return click.option("--superlink", "link", metavar="CONNECTION", callback=_find_superlink, help=_SUPERLINK_HELP)(
+        command
+    )
+
+
+def superlink_name_option(command: F) -> F:
+    """`--superlink CONNECTION` where it may turn out not to be needed; the command receives `superlink`, its name."""
+    return click.option("--superlink", metavar="CONNECTION", help=_SUPERLINK_HELP)(command)
+
+
+def app_option(command: F) -> F:
+    """`--app FOLDER`; the command receives `app`, to be resolved by `app_folder`."""
+    return click.option(
+        "--app",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder of the Flower app.  [default: $GIVA_APP, the working directory, or where this is installed]",
+    )(command)
+
+
+def _parse_settings(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, Any]:
+    from giva_core.config import parse_assignments
+
+    return parse_assignments(value)
+
+
+def _find_superlink(ctx: click.Context, parameter: click.Parameter, value: str | None) -> SuperLink:
+    from server.flower import SuperLink
+
+    return SuperLink.find(value)

@@ -1,7 +1,9 @@
-"""`giva run`: list, show and resume runs."""
+"""`giva run`: list and show runs; start, stop and resume them on a SuperLink."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,17 +12,18 @@ from giva_core.errors import StoreError
 from giva_core.report import Report, Table
 
 from .finished import finished_report
-from .options import run_argument, store_option
+from .options import app_option, run_argument, settings_option, store_option, superlink_name_option
 from .result import Bytes
 
 if TYPE_CHECKING:
     from giva_core.types import RoundRecord
+    from server.deployed import Submitted
     from server.run_store import RunStore, RunSummary
 
 
 @click.group()
 def run() -> None:
-    """List, show and resume runs.
+    """List and show runs; start, stop and resume them.
 
     RUN is a run's id, the beginning of one, or `last`.
     """
@@ -127,12 +130,59 @@ def show_run(store: RunStore, reference: str) -> Report:
     return Report("run-show", data, tuple(tables), tuple(notes))
 
 
+@run.command("start")
+@click.argument("config", type=click.Path(dir_okay=False, path_type=Path))
+@settings_option
+@superlink_name_option
+@app_option
+@click.option("--stream", is_flag=True, help="Show the run's log, and wait for its end.")
+@store_option
+def start(
+    store: RunStore, config: Path, settings: dict[str, Any], superlink: str | None, app: Path | None, stream: bool
+) -> Report:
+    """Start a run on a SuperLink."""
+    from giva_core.config import RunConfig
+    from server import deployed
+
+    return _submitted(deployed.start(RunConfig.from_toml(config, settings), superlink, app), store, stream)
+
+
+@run.command("stop")
+@run_argument
+@superlink_name_option
+@store_option
+def stop(store: RunStore, reference: str, superlink: str | None) -> Report:
+    """End a run on its SuperLink; it can be resumed.
+
+    RUN may be Flower's own id of the run as well, as `giva run start` tells it.
+    """
+    from server import deployed
+
+    stopped = deployed.stop(reference, store, superlink)
+    data = {**asdict(stopped), "run_id": stopped.run_id or None}
+    notes = [f"Run {stopped.run_id or stopped.flower_run_id} is stopped."]
+    if not stopped.was_running:
+        notes.append("Its SuperLink had ended it before.")
+    if stopped.run_id:
+        notes.append(f"next: giva run resume {stopped.run_id}")
+    return Report("run-stop", data, notes=tuple(notes))
+
+
 @run.command("resume")
 @run_argument
+@superlink_name_option
+@app_option
+@click.option("--stream", is_flag=True, help="Of a run on a SuperLink, show the log, and wait for its end.")
 @store_option
-def resume(store: RunStore, reference: str) -> Report:
-    """Continue a run after its last recorded round."""
+def resume(store: RunStore, reference: str, superlink: str | None, app: Path | None, stream: bool) -> Report:
+    """Continue a run after its last recorded round, where it was started."""
     summary = store.run(reference)
+    if summary.engine == "flower":
+        from server import deployed
+
+        if summary.status == "completed":
+            return finished_report(store, summary.run_id)
+        return _submitted(deployed.resume(summary, store, superlink, app), store, stream)
 
     from server import simulate
     from server.progress import describe
@@ -141,6 +191,28 @@ def resume(store: RunStore, reference: str) -> Report:
         click.echo(describe(record, summary.config), err=True)
 
     return finished_report(store, simulate.resume(summary.run_id, store, watch))
+
+
+def _submitted(submitted: Submitted, store: RunStore, stream: bool) -> Report:
+    """What became of a run that was given to a SuperLink; with `stream`, after its end."""
+    link, flower_run_id = submitted.link, submitted.flower_run_id
+    data: dict[str, Any] = {"flower_run_id": flower_run_id, "superlink": link.connection.name}
+    if not stream:
+        notes = [
+            f"SuperLink {link.connection.name} has taken the run; Flower's id of it is {flower_run_id}.",
+            "next: giva run list, where the server's run store lies; giva run stop to end it",
+        ]
+        return Report("run-submitted", data, notes=tuple(notes))
+    link.stream_log(flower_run_id)
+    status = link.run_status(flower_run_id)
+    stored = next((run for run in store.runs() if run.facts.get("flower_run_id") == flower_run_id), None)
+    if stored is not None and stored.status == "completed":
+        return finished_report(store, stored.run_id)
+    notes = [f"The run has ended, {stored.status if stored else status}."]
+    if stored is not None and stored.reason:
+        notes.append(stored.reason)
+    data |= {"status": status, "run_id": stored.run_id if stored else None}
+    return Report("run-submitted", data, notes=tuple(notes), exit_code=0 if status == "finished:completed" else 1)
 
 
 def main_metric(summary: RunSummary) -> str:

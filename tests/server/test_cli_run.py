@@ -1,4 +1,4 @@
-"""`giva run` and `giva round`: what programs and people are told."""
+"""`giva run` and `giva round`: what programs and people are told, and what a SuperLink is asked."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import pytest
 from click.testing import CliRunner, Result
 from filled_store import SITES, fill
 
+from giva_core.config import RunConfig
 from giva_core.types import RoundRecord
 from server.cli.main import cli
+from server.connections import Connection
+from server.flower import SuperLink
 from server.run_store import RunStore
 
 SUMMARY = {
@@ -105,7 +108,7 @@ def test_run_show_of_another_version_still_shows(tmp_path: Path) -> None:
     assert done.exit_code == 0 and "giva.colour  red" in done.stdout and "cannot be read by this version" in done.stdout
 
 
-def test_run_resume_hands_the_run_over(
+def test_run_resume_hands_a_simulated_run_over(
     giva: Callable[..., Result], filled: tuple[RunStore, str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def resume(run_id: str, store: RunStore, watch: Callable[[RoundRecord], None]) -> str:
@@ -113,9 +116,155 @@ def test_run_resume_hands_the_run_over(
         return run_id
 
     monkeypatch.setattr("server.simulate.resume", resume)
-    done = giva("run", "resume", "last", "--json")
-    assert done.exit_code == 0 and done.stderr.startswith("round 3/")
-    assert json.loads(done.stdout)["data"]["run_id"] == filled[2]
+    done = giva("run", "resume", filled[1], "--json")
+    assert done.exit_code == 3 and done.stderr.startswith("round 3/")  # 3: a site was missing once
+    assert json.loads(done.stdout)["data"]["run_id"] == filled[1]
+
+
+# -- runs on a SuperLink ----------------------------------------------------------------------------------------------
+
+
+class FakeLink:
+    """A SuperLink that takes everything and remembers it."""
+
+    connection = Connection("here", "127.0.0.1:1")
+
+    def __init__(self, store: RunStore) -> None:
+        self.store, self.started, self.stopped, self.status = store, [], [], "finished:failed"
+        self.during_log: Callable[[], object] = lambda: None
+
+    def start_run(self, app: Path, config: RunConfig) -> str:
+        self.started.append((app, config))
+        return f"{7_000_000_000_000_000_000 + len(self.started)}"
+
+    def stop_run(self, flower_run_id: str) -> bool:
+        self.stopped.append(flower_run_id)
+        return True
+
+    def stream_log(self, flower_run_id: str) -> None:
+        self.during_log()
+
+    def run_status(self, flower_run_id: str) -> str:
+        return self.status
+
+
+@pytest.fixture
+def link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeLink:
+    """A SuperLink, and a store with one run on it that has done two of five rounds."""
+    store, _, second = fill(tmp_path)
+    store.set_facts(second, {"flower_run_id": "7645786948656554014"})
+    store.set_status(second, "running")
+    made = FakeLink(store)
+    monkeypatch.setattr(SuperLink, "find", lambda name: made)
+    monkeypatch.setenv("GIVA_STORE", str(tmp_path))
+    return made
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_run_start_sends_the_file_and_what_overrides_it(link: FakeLink, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('name = "medical"\n[giva]\nrank = 4\n')
+    data = data_of(call("run", "start", file, "--set", "giva.rank=3", "--json"), "run-submitted")
+    assert data == {"flower_run_id": "7000000000000000001", "superlink": "here"}
+    [(app, config)] = link.started
+    assert (app / "pyproject.toml").exists() and (config.name, config.giva.rank) == ("medical", 3)
+
+
+def test_run_start_takes_no_file_that_continues_a_run(link: FakeLink, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('resume = "20261122"\n')
+    done = call("run", "start", file)
+    assert done.exit_code == 2 and "giva run resume" in done.stderr and link.started == []
+
+
+def test_run_start_that_streams_tells_how_the_run_ended(link: FakeLink, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('name = "medical"\n')
+    start = ("run", "start", file, "--stream", "--json")
+
+    assert data_of_failed(call(*start))["status"] == "finished:failed"
+
+    def fail() -> None:
+        run_id = link.store.create_run(link.started[-1][1], "flower", {})
+        link.store.set_facts(run_id, {"flower_run_id": "7000000000000000002"})
+        link.store.set_status(run_id, "failed", "too few sites")
+
+    link.during_log = fail
+    assert data_of_failed(call(*start))["run_id"] == link.store.run("last").run_id
+
+    def complete() -> None:
+        run_id = link.store.create_run(link.started[-1][1], "flower", {})
+        link.store.set_facts(run_id, {"flower_run_id": "7000000000000000003"})
+        link.store.set_status(run_id, "completed")
+
+    link.during_log, link.status = complete, "finished:completed"
+    assert data_of(call(*start), "run-finished")["run_id"] == link.store.run("last").run_id
+
+
+def data_of_failed(done: Result) -> dict[str, Any]:
+    assert done.exit_code == 1
+    return json.loads(done.stdout)["data"]
+
+
+def test_run_resume_hands_a_run_back_to_its_superlink(link: FakeLink) -> None:
+    run = link.store.run("last")
+    assert data_of(call("run", "resume", "--json"), "run-submitted")["flower_run_id"] == "7000000000000000001"
+    assert link.stopped == ["7645786948656554014"]
+    assert [config for _, config in link.started] == [run.config.replace(resume=run.run_id)]
+    assert link.store.run("last").facts["flower_run_id"] == "7000000000000000001"
+
+
+def test_run_resume_leaves_a_run_alone_that_a_process_advances(link: FakeLink) -> None:
+    with link.store.locked(link.store.run("last").run_id):
+        done = call("run", "resume")
+    assert done.exit_code == 1 and "another process advances run" in done.stderr
+    assert link.started == [] and link.stopped == []
+
+
+def test_run_resume_of_a_completed_run_shows_it(link: FakeLink) -> None:
+    link.store.set_status(link.store.run("last").run_id, "completed")
+    assert data_of(call("run", "resume", "--json"), "run-finished")["rounds_done"] == 2
+    assert link.started == []
+
+
+def test_run_stop_ends_the_run_and_says_how_to_go_on(link: FakeLink) -> None:
+    run_id = link.store.run("last").run_id
+    done = call("run", "stop", "last")
+    assert done.exit_code == 0 and f"giva run resume {run_id}" in done.stdout
+    assert link.stopped == ["7645786948656554014"]
+    assert (link.store.run("last").status, link.store.run("last").reason) == ("stopped", "stopped by the operator")
+    done = call("run", "stop", "last")
+    assert done.exit_code == 1 and "has ended; got status stopped" in done.stderr
+
+
+def test_run_stop_waits_for_the_process_to_let_go(link: FakeLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.deployed._LEAVE_SECONDS", 0.0)
+    with link.store.locked(link.store.run("last").run_id):
+        done = call("run", "stop", "last")
+    assert done.exit_code == 1 and "another process advances run" in done.stderr
+    assert link.store.run("last").status == "running"
+
+
+def test_run_stop_takes_flower_s_id_known_here_or_not(link: FakeLink) -> None:
+    data = data_of(call("run", "stop", "7645786948656554014", "--json"), "run-stop")
+    assert data == {
+        "flower_run_id": "7645786948656554014",
+        "run_id": link.store.run("last").run_id,
+        "was_running": True,
+    }
+    data = data_of(call("run", "stop", "7000000000000000009", "--json"), "run-stop")
+    assert data["run_id"] is None and link.stopped[-1] == "7000000000000000009"
+
+
+def test_run_stop_is_for_runs_on_a_superlink(link: FakeLink) -> None:
+    done = call("run", "stop", link.store.runs()[1].run_id)
+    assert done.exit_code == 1 and "is not on a SuperLink" in done.stderr
+
+
+# -- rounds -----------------------------------------------------------------------------------------------------------
 
 
 def test_round_list(giva: Callable[..., Result], filled: tuple[RunStore, str, str]) -> None:
