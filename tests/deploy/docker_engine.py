@@ -1,0 +1,68 @@
+"""A Docker engine for tests, and the ways to one."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import tempfile
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+IMAGES = ("messenger", "superlink", "server", "worker")
+#: Built of what `docker-compose.yml` names, and thrown away with its volumes.
+PROJECT = "fedgiva-test"
+
+NO_ENGINE = (
+    "no Docker engine: start one (`docker info` has to work, with compose), or let GIVA_TEST_ENGINE name a script that "
+    "brings one up (`up`, `base REQUIREMENTS`, `env`); without one run `pytest -m 'not deploy'`"
+)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A Docker engine, and what its client has to have in its environment."""
+
+    environment: dict[str, str]
+
+    def run(self, *command: str, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        """Run a command in the project's folder; with `check`, a failure shows what it said."""
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, errors="replace", timeout=timeout
+        )
+        if check and done.returncode:
+            said = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
+            pytest.fail(f"{shlex.join(command)} ended with {done.returncode}:\n{said}", pytrace=False)
+        return done
+
+    def compose(self, *command: str, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        """Run `docker compose` on docker-compose.yml."""
+        return self.run("docker", "compose", "--project-name", PROJECT, *command, check=check, timeout=timeout)
+
+
+def script() -> Path | None:
+    """The script that brings an engine up, where there is one."""
+    named = os.environ.get("GIVA_TEST_ENGINE")
+    script = Path(named) if named else ROOT.parent / "shared" / "ci" / "engine.sh"
+    return script if script.is_file() else None
+
+
+def requirements() -> str:
+    """What the images install, for an engine whose builds have no network."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project, build = pyproject["project"], pyproject["build-system"]["requires"]
+    constraints = f"-c {ROOT / 'constraints.txt'}"
+    return "\n".join([constraints, *project["dependencies"], *project["optional-dependencies"]["site"], *build])
+
+
+def call(script: Path, *arguments: str) -> None:
+    """Call a step of the script; a failure shows the end of what it said."""
+    with tempfile.TemporaryFile("w+") as said:  # a pipe would be held open by the engine that it leaves behind
+        done = subprocess.run(["bash", str(script), *arguments], stdout=said, stderr=subprocess.STDOUT)
+        said.seek(0)
+        if done.returncode:
+            pytest.fail(f"{script.name} {arguments[0]} failed:\n{said.read()[-3000:]}", pytrace=False)
