@@ -22,8 +22,9 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "deploy"))  # the processes are started as the tests start them
+sys.path.insert(
+    0, str(Path(__file__).parents[1] / "tests" / "deploy")
+)  # the processes are started as the tests start them
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -32,6 +33,7 @@ from live_federation import BIN, LiveFederation, free_port, run_file
 from giva_core.config import RunConfig
 from giva_core.paths import giva_home
 
+ROOT = Path(__file__).parents[1]
 SITES = ("site-1", "site-2", "site-3")
 EVAL_ROWS = 8
 #: Flower's SuperNode looks for a message every 3 s (flwr 1.41, `start_client_internal.py`); of three that look
