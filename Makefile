@@ -17,7 +17,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo demo demo-baselines demo-full test test-slow lint types imports proto format benchmark clean
+.PHONY: help setup setup-demo demo demo-baselines demo-full test test-slow test-deploy lint types imports proto format benchmark clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,10 +63,13 @@ benchmark: ## list the benchmarks; each is one command
 
 # pytest comes last: its closing line is the result of the whole.
 test: setup lint types imports ## all checks but the long ones; giva_core has to be covered to 90 %
-	$(BIN)/python -m pytest -q -m 'not slow' --cov --cov-fail-under=90
+	$(BIN)/python -m pytest -q -m 'not slow and not deploy' --cov --cov-fail-under=90
 
 test-slow: setup ## the long runs
 	$(BIN)/python -m pytest -q -m slow
+
+test-deploy: setup ## real SuperLinks, sites and containers: needs openssl, ssh-keygen, root and a Docker engine
+	$(BIN)/python -m pytest -q -m deploy
 
 lint: setup ## style and likely mistakes
 	$(BIN)/ruff check .

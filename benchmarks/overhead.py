@@ -22,9 +22,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).parents[1] / "tests" / "deploy")
-)  # the processes are started as the tests start them
+# the processes are started as the tests start them
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "deploy"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -21,7 +21,6 @@ from live_federation import LiveFederation, command_of
 
 SITES = ("hospital-a", "hospital-b")
 NOWHERE = "192.0.2.1"  # RFC 5737: no machine has it
-_SUPERNODE_PORT = 9094  # Flower's default, of the site that is started as one
 _LISTEN = "0A"
 
 
@@ -100,12 +99,13 @@ def main(folder: Path, model: Path, data: Path, config: Path) -> dict[str, objec
         programs = [process for program in (whole, worker) for process in program.all_of_it()]
         workers = [process for process in programs if "worker" in command_of(process)]
         shared = [process.pid for process in workers if os.readlink(f"/proc/{process.pid}/ns/net") == own]
+        sites = [process for program in (whole, messenger) for process in program.all_of_it()]
         listening = {
-            federation.port,
-            _SUPERNODE_PORT,
-            *(link.laddr.port for process in messenger.all_of_it() for link in process.net_connections("tcp")
-              if link.status == psutil.CONN_LISTEN),
-        }  # fmt: skip
+            link.laddr.port
+            for process in [*sites, *federation.programs["superlink"].all_of_it()]
+            for link in process.net_connections("tcp")
+            if link.status == psutil.CONN_LISTEN
+        }
     finally:
         federation.stop()
         watch.done.set()

@@ -214,7 +214,7 @@ class LiveFederation:
         return file
 
     def start_site(self, site: str) -> Program:
-        """Start a site as one: `giva site start`. One on a machine, for its SuperNode has a fixed port of its own."""
+        """Start a site as one: `giva site start`."""
         return self.start(site, *GIVA, "site", "start", self.site_file(site))
 
     def start_site_in_parts(self, site: str) -> list[Program]:
