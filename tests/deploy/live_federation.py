@@ -81,7 +81,7 @@ class Program:
         """It and what it has started."""
         try:
             process = psutil.Process(self.process.pid)
-            return [process, *process.children(recursive=True)]
+            return [found for found in (process, *process.children(recursive=True)) if not is_gone(found)]
         except psutil.NoSuchProcess:
             return []
 
