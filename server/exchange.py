@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from giva_core.protocol import Payload
 from giva_core.types import SiteRecord
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5  # a look costs SuperLink and server some hundredths of a second of processor time each
 LOOK_SECONDS = 1.0  # from one look at who is connected to the next
 LEFT_SECONDS = 5.0  # a node may drop out of sight for a moment
 _MESSAGE_SLACK_SECONDS = 60.0  # a reply on its way at the deadline still finds its message alive

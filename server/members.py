@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from flwr.serverapp import Grid
@@ -16,6 +16,7 @@ from giva_core.protocol import Hello, Payload
 from giva_core.types import SiteRecord
 
 from .absence import BackOff, Bench
+from .approved import ApprovedSite, ApprovedSites
 from .exchange import Answer, ask
 
 _NODE = "node-"  # what a node is called before it has said its name
@@ -83,13 +84,16 @@ class Members:
         question = Payload(values={"config": self.config.digest(), "protocol": protocol.PROTOCOL_VERSION})
         answers = ask(self.grid, nodes, protocol.HELLO, question, deadline_seconds=self.config.rounds.hello_seconds)
         heard = [(answer, *_read_hello(answer)) for answer in answers]
+        approved = ApprovedSites().by_node()
         if self.reference is None:
             digest = self.config.digest()
             self.reference = _majority([hello for _, hello, _ in heard if hello and hello.config_digest == digest])
-        records = [(answer.node_id, self._admit(answer, hello, reason)) for answer, hello, reason in heard]
+        records = [(answer.node_id, self._admit(answer, hello, reason, approved)) for answer, hello, reason in heard]
         return sorted(_with_unique_names(records), key=lambda record: record.site)
 
-    def _admit(self, answer: Answer, hello: Hello | None, reason: str) -> SiteRecord:
+    def _admit(
+        self, answer: Answer, hello: Hello | None, reason: str, approved: Mapping[str, ApprovedSite]
+    ) -> SiteRecord:
         site = hello.site if hello else answer.site
         if answer.status == "missing":
             self.back_off.missed(answer.node_id)
@@ -99,7 +103,7 @@ class Members:
         # a restarted node may be quicker than Flower is to notice that the one before it is gone: it is asked again
         is_double = site in self.admitted
         if hello:
-            reason = self._misfit(hello)
+            reason = _other_name(hello, approved.get(str(answer.node_id))) or self._misfit(hello)
             if not reason:
                 self.admitted[site] = Member(answer.node_id, hello)
                 self.bench.clear(site)
@@ -160,6 +164,13 @@ class Members:
     def forget(self, site: str) -> None:
         """Let a site introduce itself again in the next round, e.g. since it lost its bases."""
         self.admitted.pop(site, None)
+
+
+def _other_name(hello: Hello, approved: ApprovedSite | None) -> str:
+    """Why a node may not go by this name; empty where it may, or where its key was approved without one."""
+    if approved is None or approved.site == hello.site:
+        return ""
+    return f"it calls itself {hello.site}, but its key was approved as {approved.site}"
 
 
 def _read_hello(answer: Answer) -> tuple[Hello | None, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from flwr.app import Context, Error, Message
@@ -14,6 +15,7 @@ from giva_core.protocol import HELLO, PROTOCOL_VERSION, Hello, Payload
 from giva_core.types import LayerShape, ModelSchema
 from server import exchange
 from server.absence import BackOff
+from server.approved import ApprovedSites
 from server.exchange import Answer, from_content, to_content
 from server.local_grid import LocalGrid
 from server.members import Members
@@ -144,6 +146,17 @@ def test_each_misfit_is_told_why(changes: dict[str, object], reason: str) -> Non
     assert members.nodes() == {"a": 1, "b": 2}
     assert found["c"][0] == "refused" and reason in found["c"][1]
     assert members.turned_away == {3: found["c"][1]}
+
+
+def test_a_key_approved_for_one_name_does_not_speak_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIVA_HOME", str(tmp_path))
+    for node_id, site in (("1", "a"), ("2", "b")):
+        ApprovedSites().add(node_id, site, "SHA256:x")
+    members, found = greeted(Sites(n1=hello("a"), n2=hello("c"), n3=hello("d")))
+    assert members.nodes() == {"a": 1, "d": 3}
+    assert found["c"] == ("refused", "it calls itself c, but its key was approved as b")
 
 
 def test_answers_that_are_no_hello() -> None:
