@@ -7,6 +7,7 @@ A limit counts within one run; that the same server starts many runs is the oper
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 #: Every metric that an evaluation has, over all kinds of tasks.
 METRICS = ("accuracy", "macro_f1", "mcc", "micro_f1", "subset_accuracy", "mse", "pearson")
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
+
+
+_MOST_POWER_PASSES = 4  # each is two more sketches; more gain nothing
 
 
 class PolicyError(GivaError):
@@ -44,9 +48,14 @@ class Policy(Section):
     metrics: tuple[str, ...] = option(METRICS, "metrics that may leave; mean loss and example count always do")
     allow_modules_to_save: bool = option(False, "further modules may be trained whole and sent")
     allow_share_counts: bool = option(False, "counts by class may leave, where the run asks for them")
+    allow_target_expressions: bool = option(
+        False, "giva.target-modules may be a regular expression, which a server can make run for ever"
+    )
     allow_model_hub: bool = option(False, "a model's path may be a hub id, where the run allows it too")
     max_sketch_share: float = option(
-        0.5, "most columns of a layer's sketch, over all passes, as a share of min(d_out, d_in)", minimum=0.0
+        0.5,
+        "most columns of a layer's sketch, over all passes, as a share of min(d_out, d_in, calibration tokens)",
+        minimum=0.0,
     )
     min_train_examples: int = option(8, "fewest training rows of this site", minimum=0)
     min_calibration_examples: int = option(8, "fewest examples in a calibration sketch", minimum=0)
@@ -72,9 +81,17 @@ class Policy(Section):
             (config.task.kind in self.tasks, f"the task {config.task.kind}", "tasks"),
             (not giva.modules_to_save or self.allow_modules_to_save, "giva.modules-to-save", "allow-modules-to-save"),
             (rank <= self.max_rank, f"rank {rank}", "max-rank"),
+            (giva.power_passes <= _MOST_POWER_PASSES, f"{giva.power_passes} power passes", "max-sketch-share"),
+            (
+                giva.target_modules == "all-linear"
+                or not isinstance(giva.target_modules, str)
+                or self.allow_target_expressions,
+                "a regular expression as giva.target-modules",
+                "allow-target-expressions",
+            ),
             (train.local_epochs <= self.max_local_epochs, f"{train.local_epochs:g} local epochs", "max-local-epochs"),
             (
-                rounds.head_rounds == 0 or train.warm_head_epochs <= self.max_local_epochs,
+                train.warm_head_epochs <= self.max_local_epochs,
                 f"{train.warm_head_epochs:g} epochs in a head round",
                 "max-local-epochs",
             ),
@@ -98,8 +115,19 @@ class Policy(Section):
         if not is_open:
             raise _refusal("work at this time of day", "hours")
 
-    def check_sketches(self, schema: ModelSchema, giva: GivaConfig) -> None:
-        """Refuse sketches that together could give a layer's whole gradient away."""
+    def check_sketches(self, schema: ModelSchema, giva: GivaConfig, vectors: float = math.inf) -> None:
+        """Refuse sketches that together could give a layer's whole gradient away.
+
+        The rank of a gradient `G = Σ_t δ_t x_tᵀ` is at most the number of its terms. A sketch of as many columns spans
+        the layer's inputs, and so the tokens' embeddings, from which texts can be read (Petrov et al., "DAGER: Exact
+        Gradient Inversion for Large Language Models", arXiv:2405.15586).
+
+        Args:
+            schema: The layers.
+            giva: The run's plan.
+            vectors: Terms of the sum: calibration tokens, or examples where the head reads one token each; by default
+                unknown, as they are before a row is read.
+        """
         from giva_core import calibration
 
         plan = calibration.stages(giva)
@@ -107,8 +135,12 @@ class Policy(Section):
             columns: Counter[str] = Counter()
             for stage in plan:
                 columns[stage.side] += calibration.width(stage, layer, r, giva)
-            if max(columns.values()) > self.max_sketch_share * min(layer.d_out, layer.d_in):
-                raise _refusal("sketches as wide as giva.rank and giva.power-passes make them", "max-sketch-share")
+            if max(columns.values()) > self.max_sketch_share * min(layer.d_out, layer.d_in, vectors):
+                raise _refusal(
+                    "sketches as wide as giva.rank, giva.oversampling and giva.power-passes make them, of so few "
+                    "calibration tokens",
+                    "max-sketch-share",
+                )
 
     def check_rows(self, num_train: int, calibration_examples: int, round_examples: int) -> None:
         """Refuse where too few examples would stand behind what leaves: rows, those of a sketch, those of a round."""
@@ -149,10 +181,10 @@ class Policy(Section):
                 public="more calibration questions than planned",
             )
 
-    def check_rounds(self, asked: int) -> None:
-        """Refuse to train more often in a run than `max_rounds`, whatever the run's configuration said."""
+    def check_rounds(self, asked: int, what: str = "rounds") -> None:
+        """Refuse to train, or to evaluate, more often in a run than `max_rounds`, whatever its configuration said."""
         if asked > self.max_rounds:
-            raise _refusal(f"{asked} rounds", "max-rounds")
+            raise _refusal(f"{asked} {what}", "max-rounds")
 
     def released(self, metrics: dict[str, float]) -> dict[str, float]:
         """The metrics that may leave."""

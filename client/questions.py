@@ -43,6 +43,24 @@ class Questions:
             raise ProtocolError("that is no id of a run", got=repr(run[:40]), public="the run has no usable id")
         self._path = folder / f"{run}.json"
 
+    def pin(self, config_digest: str) -> None:
+        """Hold the run to the configuration of its first question: each limit counts for one plan.
+
+        Raises:
+            ProtocolError: This question comes with another one.
+        """
+        known = self._read().get("config")
+        if known is None:
+            self.remember("config", config_digest)
+        elif known != [config_digest]:
+            raise ProtocolError(
+                "the run's configuration is another one than at its first question",
+                got=f"{config_digest[:12]}…",
+                expected=f"{known[0][:12]}…",
+                remedy="start a new run",
+                public="the run's configuration has changed",
+            )
+
     def with_one_more(self, stage: str, digest: str) -> int:
         """How many different questions of this stage there would be with this one."""
         return len({*self._read().get(stage, []), digest})
@@ -55,10 +73,13 @@ class Questions:
         asked.setdefault(stage, []).append(digest)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=".", delete=False) as file:
-            file.write(json.dumps(asked).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, self._path)
+            try:
+                file.write(json.dumps(asked).encode())
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, self._path)
+            finally:
+                Path(file.name).unlink(missing_ok=True)  # still there only where one of these failed
         self._prune()
 
     def _read(self) -> dict[str, list[str]]:

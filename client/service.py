@@ -66,17 +66,23 @@ def let_go() -> None:
 
 def _count(kind: str, request: Payload, site: Trainer, questions: Questions) -> None:
     """Hold the different questions of this run, with this one, against the site's policy."""
-    if site.policy is None or kind not in (protocol.CALIBRATE, protocol.HEAD, protocol.ROUND):
+    if site.policy is None:
         return
+    questions.pin(site.config.digest())
     # a round that is tried again may come without the evaluation that it has by then
     values = {name: value for name, value in request.values.items() if name != "evaluate"}
     digest = question_digest(kind, Payload(request.arrays, values))
     if kind == protocol.CALIBRATE:
         stage = _stage(request).name
         site.policy.check_calibration(stage, questions.with_one_more(stage, digest), site.config.giva)
-    else:
+    elif kind in (protocol.HEAD, protocol.ROUND):
         stage = "train"
         site.policy.check_rounds(questions.with_one_more(stage, digest))
+    elif kind == protocol.EVALUATE:
+        stage = "evaluate"
+        site.policy.check_rounds(questions.with_one_more(stage, digest), "evaluations")
+    else:
+        return
     questions.remember(stage, digest)
 
 

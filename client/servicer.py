@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -26,7 +27,7 @@ from giva_core.errors import ConfigError, GivaError, ProtocolError, public_reaso
 from .site_file import SiteFile
 from .wire import codec, link
 from .wire import worker_pb2 as pb
-from .worker_tasks import Task, TaskRunner
+from .worker_tasks import Task, TaskRunner, queue_is_full
 
 #: What a worker can be asked.
 KINDS = frozenset(
@@ -87,9 +88,20 @@ class Servicer:
     ) -> None:
         self._site, self._runner, self._network, self._now = site, runner, network, now
         self._began = time.monotonic()
+        # of the task in work and those that wait: a request takes one before it is parsed, which costs memory, too
+        self._places = threading.BoundedSemaphore(site.worker.queue + 1)
 
     def ask(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         """Answer one request; every failure becomes a public reason."""
+        if not self._places.acquire(blocking=False):
+            self._runner.count_refused()
+            return _refused("request", queue_is_full())
+        try:
+            return self._ask(request, context)
+        finally:
+            self._places.release()
+
+    def _ask(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         kind, began = "request", time.monotonic()
         try:
             message = codec.parse_request(request)

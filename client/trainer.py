@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from .site import SiteSettings
 from .training import EncodedData, OnStep, Task, batches, collate, examples_in_round, predict, train_round
 
 _SESSIONS = 256  # simulated sites whose trainers stay in memory
-_sessions: OrderedDict[tuple[SiteSettings, str], LocalTrainer] = OrderedDict()
+_sessions: OrderedDict[tuple[Any, ...], LocalTrainer] = OrderedDict()
 
 
 def library_versions() -> str:
@@ -100,6 +100,7 @@ class LocalTrainer:
             site.policy.check_sketches(self.backbone.schema, config.giva)
         self._train = self._rows(site.train_path)
         if site.policy:
+            site.policy.check_sketches(self.backbone.schema, config.giva, self._calibration_vectors())
             used = examples_in_round(len(self._train), config.train)
             site.policy.check_rows(len(self._train), self._calibration_examples, used)
         self._head_inputs: dict[str, EncodedData] = {}
@@ -193,10 +194,22 @@ class LocalTrainer:
     def calibration_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """The first batches of a shuffle that depends on the seed alone: every pass sees the same examples."""
         giva = self.config.giva
-        chosen = np.random.default_rng([giva.seed, 0]).permutation(len(self._train))[: self._calibration_examples]
-        subset = self._train.take(chosen)
+        subset = self._train.take(self._calibration_choice())
         for indices in batches(subset, giva.calibration_batch_size, (giva.seed, 0)):
             yield collate(self.backbone.task, subset, indices, self.backbone.device)
+
+    def _calibration_vectors(self) -> int:
+        """How many outer products the calibration gradient is a sum of, at least."""
+        chosen = self._calibration_choice()
+        if self.config.task.head != "mean":
+            return len(chosen)  # the last layers see one token of each example
+        return sum(self._train.lengths[index] for index in chosen)
+
+    def _calibration_choice(self) -> np.ndarray:
+        """The rows of a shuffle that depends on the seed alone: every pass sees the same examples."""
+        return np.random.default_rng([self.config.giva.seed, 0]).permutation(len(self._train))[
+            : self._calibration_examples
+        ]
 
     @property
     def _calibration_examples(self) -> int:
@@ -285,7 +298,8 @@ def _state_of(path: Path) -> tuple[int, ...]:
 
 def get_trainer(site: SiteSettings, config: RunConfig) -> LocalTrainer:
     """The site's trainer in this process, made at the first call."""
-    key = (site, config.to_json())
+    # rows that were changed or withdrawn have to be read anew
+    key = (site, config.to_json(), *(_state_of(path) for path in (site.train_path, site.eval_path) if path))
     if _sessions and next(iter(_sessions))[1] != key[1]:
         _sessions.clear()  # another run: the model that its sites hold on to has had its time, unless it is the same
     if key not in _sessions:

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -49,6 +50,7 @@ def main(site_file: str) -> None:
 
 def work(site: SiteFile, request: bytes, tell: Callable[[dict[str, int]], None]) -> tuple[bytes, bytes]:
     """The frame that answers a serialised request; a failure becomes its public reason."""
+    from giva_core import protocol
     from giva_core.config import RunConfig
     from giva_core.errors import public_reason
     from giva_core.paths import giva_home
@@ -71,6 +73,8 @@ def work(site: SiteFile, request: bytes, tell: Callable[[dict[str, int]], None])
         message = codec.parse_request(request)
         kind = message.kind
         run = RunConfig.from_json(message.config)
+        if kind != protocol.FINISH:
+            site.policy.check_hours(datetime.now())  # it may have waited in the queue since it was checked
         answer = service.answer(
             kind,
             codec.from_wire(message.payload),

@@ -172,7 +172,7 @@ class TaskRunner:
             BusyError: The queue is full.
         """
         if not self._places.acquire(blocking=False):
-            raise BusyError("the worker's queue is full", public="the site's queue is full")
+            raise queue_is_full()
         future: Future[bytes] = Future()
         self._waiting.put((task, future))
         return future
@@ -208,8 +208,9 @@ class TaskRunner:
                 continue
             try:
                 kind, reply = self._work(task)
-            except GivaError as error:
-                self._close(future.set_exception, error, killed=self._progress.killed + 1)
+            except Exception as error:  # whatever it is, this thread goes on: nobody else works
+                known = error if isinstance(error, GivaError) else _gone(type(error).__name__)
+                self._close(future.set_exception, known, killed=self._progress.killed + 1)
             else:
                 what = "done" if kind == frames.ANSWER else "refused"
                 self._close(future.set_result, reply, **{what: getattr(self._progress, what) + 1})
@@ -232,10 +233,11 @@ class TaskRunner:
                 if kind != frames.PROGRESS:
                     return kind, content
                 self._hear(child, json.loads(content))
-        except (EOFError, OSError):
+        except Exception as error:  # the pipe's end, or a frame that cannot be read: what follows it cannot, either
             child.process.kill()
             code = child.process.wait()
-            raise child.verdict or _gone(f"exit code {code}") from None
+            got = f"exit code {code}" if isinstance(error, EOFError | OSError) else type(error).__name__
+            raise child.verdict or _gone(got) from None
         finally:
             with child.lock:
                 child.deadline = None
@@ -243,7 +245,7 @@ class TaskRunner:
     def _prepare_child(self) -> None:
         """Have a child ready for the next task; where that fails the task will tell."""
         if not self._is_stopping.is_set():
-            with suppress(ChildError):
+            with suppress(Exception):
                 self._ready_child()
 
     def _ready_child(self) -> _Child:
@@ -287,6 +289,11 @@ class TaskRunner:
         if limits.memory_bytes and (used := _resident_bytes(child.process.pid)) > limits.memory_bytes:
             return _limit("memory-gib", f"{used / 2**30:.2f} GiB")
         return None
+
+
+def queue_is_full() -> BusyError:
+    """The refusal of a question for which there is no place."""
+    return BusyError("the worker's queue is full", public="the site's queue is full")
 
 
 def _gone(got: object) -> ChildError:

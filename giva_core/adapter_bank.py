@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import bank_files, inject
 from .aggregate import RESIDUAL
@@ -170,25 +170,23 @@ class AdapterBank:
 
         Raises:
             ProtocolError: The name is taken; arrays are missing, unknown or of the wrong shape.
-            NumericsError: An array is not finite.
+            NumericsError: An array is not finite in the bank's dtype.
         """
         if name in self._rows:
             raise ProtocolError(f"the bank has an adapter '{name}' already", remedy="remove it first")
-        heads = self._checked(name, arrays, residual or {})
+        stored = self._checked(name, arrays, residual or {})
         if not self._free:
             old = len(self._table.values)
             self._table.grow()
             self._free = list(range(len(self._table.values) - 1, old - 1, -1))
         row = self._free.pop()
-        values = np.concatenate([arrays[vector].astype(np.float32) for vector in self._columns])
-        self._table.values[row] = torch.from_numpy(values)
-        target = self._table.values
+        self._table.values[row] = torch.cat([stored[vector] for vector in self._columns])
         if residual:
-            self._table.residuals[row] = {
-                key.removesuffix(f".{RESIDUAL}"): torch.tensor(value).to(target) for key, value in residual.items()
-            }
-        for module, state in heads.items():
-            self._heads[module].states[row] = {key: torch.tensor(value).to(target) for key, value in state.items()}
+            self._table.residuals[row] = {key.removesuffix(f".{RESIDUAL}"): stored[key] for key in residual}
+        for module, head in self._heads.items():
+            inside = [key for key in stored if key.startswith(f"{module}.")]
+            if inside:
+                head.states[row] = {key.removeprefix(f"{module}."): stored[key] for key in inside}
         self._rows[name] = row
 
     def remove(self, name: str) -> None:
@@ -252,12 +250,12 @@ class AdapterBank:
             raise ProtocolError(f"the bank has no adapter '{name}'", expected=_nearby(name, self._rows))
         return self._rows[name]
 
-    def _checked(self, name: str, arrays: Arrays, residual: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
-        """The arrays inside each head, after everything was compared with the bank."""
+    def _checked(self, name: str, arrays: Arrays, residual: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        """All arrays as the bank stores them, after everything was compared with the bank."""
         expected: dict[str, tuple[int, ...]] = {key: (s.stop - s.start,) for key, s in self._columns.items()}
         if residual:
             expected |= {f"{layer}.{RESIDUAL}": pair.B.shape for layer, pair in self.bases.layers.items()}
-        heads: dict[str, Arrays] = {}
+        stored: dict[str, Tensor] = {}
         given = {**arrays, **residual}
         for key, value in given.items():
             module = next((head for head in self._heads if key.startswith(f"{head}.")), None)
@@ -266,7 +264,6 @@ class AdapterBank:
                 own = self._heads[module].base.state_dict().get(inner)
                 if own is not None and value.ndim == own.ndim:
                     expected[key] = (*value.shape[:1], *own.shape[1:])  # tasks may differ in their number of outputs
-                    heads.setdefault(module, {})[inner] = value
         for key in sorted(expected.keys() | given.keys()):
             found = given[key].shape if key in given else "no such array"
             if found != expected.get(key):
@@ -276,9 +273,16 @@ class AdapterBank:
                     expected=expected.get(key, "no such array"),
                     cause="an adapter of another model, other bases or another head",
                 )
-            if not np.isfinite(given[key]).all():
-                raise NumericsError(f"'{key}' of adapter '{name}' has entries that are not finite")
-        return heads
+            stored[key] = torch.tensor(given[key]).to(self._table.values)
+            if not stored[key].isfinite().all():  # after the cast: float16 ends at 65504
+                finite = bool(np.isfinite(given[key]).all())
+                dtype = str(self._table.values.dtype).removeprefix("torch.")
+                raise NumericsError(
+                    f"'{key}' of adapter '{name}' has entries that are not finite in {dtype}",
+                    cause=f"entries too large for {dtype}" if finite else "a training that diverged, or a damaged file",
+                    remedy="open the bank with dtype=torch.float32" if finite else "train the adapter again",
+                )
+        return stored
 
 
 def _nearby(name: str, known: Collection[str]) -> str:

@@ -68,9 +68,21 @@ def add_task(bank: str | Path, adapter_folder: str | Path, task: str) -> Path:
         )
     home = bank / _BASES / digest
     if not home.exists():
-        with new_folder(home) as staged:
-            shutil.copyfile(source / BASES_FILE, staged / BASES_FILE)
-    load_bases(home)
+        try:
+            with new_folder(home) as staged:
+                shutil.copyfile(source / BASES_FILE, staged / BASES_FILE)
+        except CheckpointError:
+            if not home.exists():
+                raise  # else another process added the same bases at the same time: they are as good
+    found = load_bases(home).digest
+    if found != digest:
+        raise CheckpointError(
+            f"{home} holds other bases than its name tells",
+            got=f"bases digest {found[:12]}…",
+            expected=f"{digest[:12]}…",
+            cause="a file that was put there by hand",
+            remedy="remove this folder and add its tasks again",
+        )
     with new_folder(bank / _TASKS / task) as staged:
         for name in (ADAPTER_FILE, VECTORS_FILE):
             shutil.copyfile(source / name, staged / name)

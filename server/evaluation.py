@@ -14,7 +14,7 @@ from giva_core.types import RoundRecord, SiteEvaluation, SiteRecord
 
 from .exchange import Answer
 from .guard import check_evaluation
-from .session import mean
+from .session import mean, one_line
 
 log = logging.getLogger("giva.server")
 
@@ -27,36 +27,41 @@ class Due:
         record: The round.
         nodes: The sites sampled for it.
         answers: What they answered so far, by site; every one's answer counts once.
+        hellos: What those said of themselves; a site may have left by the time its answer is read.
     """
 
     record: RoundRecord
     nodes: dict[str, int]
     answers: dict[str, Answer] = field(default_factory=dict)
+    hellos: dict[str, Hello] = field(default_factory=dict)
 
     @property
     def waiting(self) -> set[str]:
         """The sites that have not answered."""
         return self.nodes.keys() - self.answers.keys()
 
-    def note(self, answers: Iterable[Answer]) -> None:
+    def note(self, answers: Iterable[Answer], hellos: Mapping[str, Hello]) -> None:
         """Take answers to `evaluate.round`."""
-        self.answers.update({answer.site: answer for answer in answers})
+        for answer in answers:
+            self.answers[answer.site], self.hellos[answer.site] = answer, hellos[answer.site]
 
-    def note_updates(self, answers: Iterable[Answer]) -> None:
-        """Take what came beside the updates of the next round, which counts their bytes."""
+    def note_updates(self, answers: Iterable[Answer], hellos: Mapping[str, Hello]) -> None:
+        """Take what came beside the updates of the next round, which counts their bytes.
+
+        A site whose update failed has not evaluated, or its evaluation was lost with it: it is asked again.
+        """
         for answer in answers:
             beside = None if answer.payload is None else protocol.evaluation_beside(answer.payload)
             if isinstance(beside, Payload):
-                found, reason = beside, ""
-            else:
-                found, reason = None, answer.reason or beside or "none came with its update"
-            status = "ok" if found else "failed"
-            self.answers[answer.site] = Answer(answer.site, answer.node_id, found, status, reason)
+                self.note([Answer(answer.site, answer.node_id, beside, "ok")], hellos)
+            elif beside is not None:
+                reason = one_line(beside)
+                self.note([Answer(answer.site, answer.node_id, None, "failed", reason)], hellos)
 
-    def evaluated(self, hellos: Mapping[str, Hello], task: TaskConfig) -> RoundRecord:
+    def evaluated(self, task: TaskConfig) -> RoundRecord:
         """The record with what the sites found, and the totals over them."""
         answers = [self.answers[site] for site in sorted(self.answers)]
-        records, evaluations = read_evaluations(answers, hellos, task, self.record.sites)
+        records, evaluations = read_evaluations(answers, self.hellos, task, self.record.sites)
         weights = [evaluation.num_examples for evaluation in evaluations]
         return replace(
             self.record,

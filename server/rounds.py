@@ -238,7 +238,7 @@ class Federation:
         kind = protocol.HEAD if is_head else protocol.ROUND
         answers = self.session.ask(nodes, kind, payload, f"{plan.phase}-{plan.number}", evaluating)
         if due:
-            due.note_updates(answer for answer in answers if answer.site in evaluating)
+            due.note_updates((answer for answer in answers if answer.site in evaluating), hellos)
         accepted = read_updates(answers, hellos, start, plan.names, self.bases_digest, rounds.max_update_norm)
         # what was not trained counts as unchanged, so that every strategy sees all arrays
         updates = [replace(update, arrays={**self.arrays, **update.arrays}) for update in accepted.updates]
@@ -291,8 +291,10 @@ class Federation:
         if left:
             arrays = {**self.arrays, **self.residual}
             payload = protocol.global_to_payload(arrays, self.session.schema, self.bases_digest)
-            due.note(self.session.ask(left, protocol.EVALUATE, payload, f"evaluate-{due.record.round}"))
-        self.session.amend(due.evaluated(self.members.hellos(), self.config.task))
+            hellos = self.members.hellos()
+            answers = self.session.ask(left, protocol.EVALUATE, payload, f"evaluate-{due.record.round}")
+            due.note(answers, hellos)
+        self.session.amend(due.evaluated(self.config.task))
 
     def _admit_newcomers(self) -> None:
         """Admit nodes that connected since the last round, and give them the bases; wait where too few are left."""

@@ -67,7 +67,7 @@ class Session:
         for site in (record.site for record in records if record.status == "ok"):
             hello = self.members.admitted[site].hello
             facts.update({f"site.{site}.versions": hello.versions, f"site.{site}.device": hello.device})
-        self.store.set_facts(self.run_id, {name: _one_line(text) for name, text in facts.items()})
+        self.store.set_facts(self.run_id, {name: one_line(text) for name, text in facts.items()})
         return records
 
     def ask(
@@ -149,6 +149,6 @@ def mean(values: Sequence[float], weights: Sequence[int]) -> float | None:
     return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / total if total else None
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """What a site says of itself, fit for tables."""
     return "".join(character for character in text if character.isprintable())[:200]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -20,7 +21,14 @@ from . import worker_pb2 as pb
 WIRE_VERSION = 1
 
 #: Longest message that either side takes.
-MAX_MESSAGE_BYTES = 256 << 20
+MAX_MESSAGE_BYTES = 64 << 20
+
+#: What a request may hold. Protobuf makes an object of 60 bytes from a value of two, so all this is counted before it.
+MAX_VALUES = 256
+MAX_ARRAYS = 4096
+#: Of all fields but values and the arrays' bytes together: the configuration, names, shapes.
+MAX_OTHER_BYTES = 2 << 20
+_FIELD_BYTES = 16  # what a field counts at least
 
 #: numpy's kinds of numbers that travel: truth values, integers, floats.
 _KINDS = "biuf"
@@ -68,7 +76,7 @@ def from_wire(message: pb.Payload) -> Payload:
 
 
 def _array(message: pb.Array) -> np.ndarray:
-    shape = tuple(message.shape)
+    shape = tuple(message.shape[: _MAX_DIMENSIONS + 1])
     try:
         dtype = np.dtype(message.dtype)
     except (TypeError, ValueError, SyntaxError):
@@ -91,8 +99,9 @@ def parse_request(data: bytes) -> pb.Request:
     """Read a request.
 
     Raises:
-        ProtocolError: That is no request, or one of another version.
+        ProtocolError: That is no request, one of another version, or one that holds more than any run asks for.
     """
+    _check_amounts(data)
     return _checked(pb.Request(), data)
 
 
@@ -110,7 +119,7 @@ def _checked(message: _Question, data: bytes) -> _Question:
     try:
         message.ParseFromString(data)
     except DecodeError:
-        raise ProtocolError("a request cannot be read", public="the request cannot be read") from None
+        raise _unreadable() from None
     if message.protocol != WIRE_VERSION:
         raise ProtocolError(
             "messenger and worker speak different versions",
@@ -121,3 +130,82 @@ def _checked(message: _Question, data: bytes) -> _Question:
             public=f"messenger and worker speak different versions, {message.protocol} and {WIRE_VERSION}",
         )
     return message
+
+
+def _check_amounts(data: bytes) -> None:
+    """Hold a serialised request against the limits above, without an object for everything in it."""
+    numbers = {field.name: field.number for kind in (pb.Request, pb.Payload) for field in kind.DESCRIPTOR.fields}
+    bulk = pb.Array.DESCRIPTOR.fields_by_name["data"].number
+    arrays = values = other = 0
+
+    def add(content: memoryview) -> None:
+        nonlocal other
+        other += max(len(content), _FIELD_BYTES)
+        if other > MAX_OTHER_BYTES:
+            raise _too_much("bytes of configuration, names and shapes", MAX_OTHER_BYTES)
+
+    for number, part in _fields(memoryview(data)):
+        if number != numbers["payload"]:
+            add(part)
+            continue
+        for entry, content in _fields(part):
+            if entry == numbers["values"]:
+                values += 1
+                if values > MAX_VALUES:
+                    raise _too_much("values", MAX_VALUES)
+            elif entry == numbers["arrays"]:
+                arrays += 1
+                if arrays > MAX_ARRAYS:
+                    raise _too_much("arrays", MAX_ARRAYS)
+                for inner, text in _fields(content):
+                    add(text[:0] if inner == bulk else text)
+            else:
+                add(content)
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Number and content of every field of a message, as protobuf's wire format has them.
+
+    Raises:
+        ProtocolError: That is no message, or one with groups, which proto3 does not write.
+    """
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        begin, kind = at, tag & 7
+        if kind == 0:
+            _, end = _varint(data, at)
+        elif kind == 2:
+            size, begin = _varint(data, at)
+            end = begin + size
+        elif kind in (1, 5):
+            end = begin + (8 if kind == 1 else 4)
+        else:
+            raise _unreadable()
+        if end > len(data):
+            raise _unreadable()
+        yield tag >> 3, data[begin:end]
+        at = end
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """A number at `at`, and where it ends."""
+    number = 0
+    for place, byte in enumerate(data[at : at + 10]):
+        number |= (byte & 127) << (7 * place)
+        if byte < 128:
+            return number, at + place + 1
+    raise _unreadable()
+
+
+def _unreadable() -> ProtocolError:
+    return ProtocolError("a request cannot be read", public="the request cannot be read")
+
+
+def _too_much(what: str, limit: int) -> ProtocolError:
+    return ProtocolError(
+        f"a request holds too much: {what}",
+        expected=f"at most {limit:,}",
+        cause="it was not made by this project's server",
+        public=f"the request holds too much: {what}",
+    )

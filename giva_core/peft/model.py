@@ -8,6 +8,7 @@ other bases than those they were trained on.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -168,6 +169,8 @@ class GivaModel(BaseTuner):
 
             S = Σ_k w_k (lambda_o,k lambda_s,kᵀ + R_k)  (d_out, r),      ΔW = (S ∘ B) A
 
+        A module that one of the adapters trained whole, such as a head, is copied as it is, whatever the weight.
+
         Args:
             adapters: The adapters.
             weights: One number each, of any sign.
@@ -181,12 +184,20 @@ class GivaModel(BaseTuner):
         """
         self._check_combination(adapters, weights, adapter_name, combination_type)
         exact = combination_type == "exact"
-        self.peft_config[adapter_name] = replace(self.peft_config[adapters[0]], residual=exact, init_weights=True)
+        configs = [self.peft_config[name] for name in adapters]
+        whole = list(dict.fromkeys(module for config in configs for module in config.modules_to_save or ()))
+        self.peft_config[adapter_name] = replace(
+            configs[0], residual=exact, init_weights=True, modules_to_save=whole or None
+        )
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:
             del self.peft_config[adapter_name]
             raise
+        for wrapper in self._wrappers():
+            for owner in wrapper.modules_to_save.keys() & set(adapters):
+                head = copy.deepcopy(wrapper.modules_to_save[owner])
+                wrapper.modules_to_save[adapter_name] = head.requires_grad_(False)
         for layer in self.modules():
             if not isinstance(layer, GivaLayer) or adapter_name not in layer.giva_A:
                 continue
@@ -226,13 +237,16 @@ class GivaModel(BaseTuner):
                 expected="one digest",
                 cause="vectors on different bases cannot be added",
             )
-        wrappers = [module for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
-        if any(sum(name in wrapper.modules_to_save for name in adapters) > 1 for wrapper in wrappers):
+        if any(len(wrapper.modules_to_save.keys() & set(adapters)) > 1 for wrapper in self._wrappers()):
             raise ConfigError(
                 "the adapters have each trained the same module whole",
                 cause="heads of several adapters, which cannot be added",
-                remedy="combine adapters without modules_to_save",
+                remedy="combine adapters of which at most one has modules_to_save",
             )
+
+    def _wrappers(self) -> list[ModulesToSaveWrapper]:
+        """The modules that some adapter trained whole."""
+        return [module for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
 
     # -- saving and loading -------------------------------------------------------------------------------------------
 

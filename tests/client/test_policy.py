@@ -119,6 +119,23 @@ def test_sketches_of_all_passes_stay_under_their_share(settings: dict[str, objec
         Policy().check_sketches(short, giva)
     assert "max-sketch-share" in public_reason(caught.value) and "small" not in public_reason(caught.value)
     Policy(max_sketch_share=1.0).check_sketches(short, giva)
+    # a gradient of few tokens has their rank: as many columns would span all of it, however large the layer
+    Policy().check_sketches(enough, giva, vectors=least)
+    with pytest.raises(PolicyError):
+        Policy().check_sketches(enough, giva, vectors=least - 1)
+
+
+def test_no_server_gets_a_regular_expression_or_passes_without_end_by_default() -> None:
+    for asked, key in (
+        ({"giva__target_modules": "(([a-z.]+)*)*x"}, "allow-target-expressions"),
+        ({"giva__power_passes": 5}, "max-sketch-share"),
+        ({"train__warm_head_epochs": 50.0, "rounds__head_rounds": 0}, "max-local-epochs"),
+    ):
+        with pytest.raises(PolicyError) as caught:
+            Policy().check_run(config(**asked))
+        assert key in public_reason(caught.value)
+    Policy(allow_target_expressions=True).check_run(config(giva__target_modules="(([a-z.]+)*)*x"))
+    Policy().check_run(config(giva__target_modules=("query", "value")))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,20 @@ def test_the_newest_runs_stay(tmp_path: Path) -> None:
     assert not (tmp_path / "0.json").exists() and (tmp_path / "1.json").exists() and (tmp_path / "999.json").exists()
 
 
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    Questions(tmp_path, "7").remember("left", "a")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
+        with pytest.raises(OSError, match="No space left"):
+            Questions(tmp_path, "7").remember("left", "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["7.json"]
+    assert Questions(tmp_path, "7").with_one_more("left", "a") == 1
+
+
 def test_a_question_is_its_values_and_its_arrays() -> None:
     base = Payload({"codes": np.arange(4, dtype=np.int16)}, {"stage": "left"})
     others = [

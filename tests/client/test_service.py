@@ -33,7 +33,7 @@ def site(toy_config: RunConfig, toy_folder: Path) -> SiteSettings:
 @pytest.fixture
 def untrained(site: SiteSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("client.trainer.get_trainer", lambda site, config: Site(config, site.policy))
-    for kind in (protocol.CALIBRATE, protocol.HEAD, protocol.ROUND):
+    for kind in (protocol.CALIBRATE, protocol.HEAD, protocol.ROUND, protocol.EVALUATE):
         monkeypatch.setitem(service._HANDLERS, kind, lambda request, own: Payload())
 
 
@@ -106,6 +106,26 @@ def test_rounds_are_counted_but_not_those_tried_again(
     assert train("train.head", 1) == train("train.round", 1) == train("train.round", 1, code=5) == ""
     assert train("train.round", 1) == ""  # no quorum: tried again
     assert train("train.round", 2) == train("train.head", 1, code=7) == refused
+
+
+@pytest.mark.usefixtures("untrained")
+def test_evaluations_are_counted_too(site: SiteSettings, toy_config: RunConfig, tmp_path: Path) -> None:
+    strict = SiteSettings("a", site.folder, site.data, "cpu", Policy(max_rounds=2))
+    found = [asked(strict, toy_config, Questions(tmp_path, "1"), "evaluate.round", code=code) for code in (1, 2, 2, 3)]
+    assert found == ["", "", "", "policy: the site's max-rounds does not allow 3 evaluations"]
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("changes", [{"giva__seed": 5}, {"giva__calibration_batch_size": 9}, {"train__clip_norm": 2.0}])
+def test_a_run_keeps_the_configuration_of_its_first_question(
+    site: SiteSettings, toy_config: RunConfig, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    other = toy_config.replace(**changes)
+    refused = "protocol: the run's configuration has changed"
+    assert asked(site, toy_config, Questions(tmp_path, "1"), "train.calibrate", stage="left") == ""
+    for kind, values in (("train.calibrate", {"stage": "range"}), ("train.round", {}), ("evaluate.round", {})):
+        assert asked(site, other, Questions(tmp_path, "1"), kind, **values) == refused
+        assert asked(site, toy_config, Questions(tmp_path, "1"), kind, **values) == ""
 
 
 @pytest.mark.usefixtures("untrained")

@@ -276,7 +276,7 @@ def test_simulation_gives_the_same_bytes(stack: Stack) -> None:
 
 
 def test_run_ends_without_a_site_that_dies(stack: Stack) -> None:
-    run = stack.start({**SHORT, "rounds.deadline-seconds": 60})
+    run = stack.start({**SHORT, "rounds.min-sites": 2, "rounds.deadline-seconds": 60})
     stack.wait("the first round has been counted", lambda: bool(stack.rounds(run, "train")))
     stack.compose("kill", "--signal", "KILL", "site-3-messenger", "site-3-worker")
     stack.wait("the run has ended", lambda: stack.status(run) != "running")

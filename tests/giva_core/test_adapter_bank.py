@@ -14,7 +14,7 @@ from test_export import logits_of, make_config, random_bases, trained_adapter, w
 from giva_core import bank_files, inject
 from giva_core.adapter_bank import AdapterBank
 from giva_core.bank_layers import BankLinear
-from giva_core.checkpoint import load_adapter, save_adapter
+from giva_core.checkpoint import load_adapter, save_adapter, save_bases
 from giva_core.errors import BasesError, CheckpointError, NumericsError, ProtocolError, TargetError
 from giva_core.export import apply_adapter
 from giva_core.models import load_task_model
@@ -153,6 +153,27 @@ def test_half_precision_halves_the_memory_and_keeps_three_digits(config, tmp_pat
         torch.testing.assert_close(logits_of(task)[0], expected["brain"][0], rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("array", ["vector", "residual", "classifier.weight"])
+def test_numbers_too_large_for_the_stored_type_are_refused(config, tmp_path, array):
+    bank, task, _ = filled(config, tmp_path, names=["heart"], dtype=torch.float16)
+    adapter = load_adapter(tmp_path / "brain")
+    arrays, residual = dict(adapter.arrays), dict(adapter.residual)
+    name = {"vector": next(iter(adapter.metadata.schema.vector_shapes())), "residual": next(iter(residual))}.get(
+        array, array
+    )
+    given = residual if array == "residual" else arrays
+    given[name] = np.full_like(given[name], 7e4)
+    with pytest.raises(NumericsError, match=r"not finite in float16.*dtype=torch\.float32"):
+        bank.add("large", arrays, residual)
+    assert bank.names == ("heart",)
+    full = AdapterBank.open(load_task_model(config), tmp_path / "bank", ["heart"])
+    full.add("large", arrays, residual)
+    assert full.names == ("heart", "large")
+    bank.add("brain", adapter.arrays, adapter.residual)  # the refused one took no row
+    bank.switch("brain")
+    assert logits_of(task).isfinite().all()
+
+
 def test_a_bfloat16_model_is_served(tmp_path):
     config = make_config(write_model(tmp_path / "base"), dtype="bfloat16")
     trained = trained_adapter(tmp_path / "heart", config)
@@ -251,6 +272,33 @@ def test_files_that_do_not_fit_are_refused(config, tmp_path):
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match="damaged"):
         AdapterBank.open(load_task_model(config), bank)
+
+
+def test_two_processes_may_add_the_first_tasks_at_once(config, tmp_path, monkeypatch):
+    folders = adapters_on_shared_bases(config, tmp_path)
+    bank, replace, waiting = tmp_path / "bank", os.replace, ["brain"]
+
+    def overtaken(source, target):
+        if waiting:  # between the first look and the last step, the other process adds its task
+            task = waiting.pop()
+            bank_files.add_task(bank, folders[task], task)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    bank_files.add_task(bank, folders["heart"], "heart")
+    assert sorted(AdapterBank.open(load_task_model(config), bank).names) == ["brain", "heart"]
+    assert len(list((bank / "bases").iterdir())) == 1
+
+
+def test_bases_under_the_name_of_others_are_refused(config, tmp_path):
+    trained_adapter(tmp_path / "heart", config)
+    adapter = load_adapter(tmp_path / "heart")
+    layers, ranks = inject.layer_shapes(load_task_model(config).model, config.giva, exclude=("classifier",))
+    home = tmp_path / "bank" / "bases" / adapter.metadata.bases_digest
+    save_bases(home, random_bases(layers, ranks, np.random.default_rng(77)))
+    with pytest.raises(CheckpointError, match="other bases than its name tells"):
+        bank_files.add_task(tmp_path / "bank", tmp_path / "heart", "heart")
+    assert not (tmp_path / "bank" / "tasks").exists()
 
 
 def test_a_full_disk_leaves_no_half_task(config, tmp_path, monkeypatch):

@@ -407,6 +407,49 @@ def test_the_best_vectors_of_one_adapter_are_its_own():
         assert 0 < error < layer.get_delta_weight("exact").norm()
 
 
+@pytest.mark.parametrize("combination", ["exact", "svd"])
+def test_the_one_trained_head_comes_along(tmp_path, combination):
+    """A classifier, which PEFT saves without being asked."""
+    torch.manual_seed(3)
+    settings = transformers.BertConfig(**SIZES, intermediate_size=24, num_labels=3)
+    base = transformers.BertForSequenceClassification(settings).eval()
+    bases = bases_for(base, KINDS["bert"][1])
+    model = peft.get_peft_model(copy.deepcopy(base), GivaPeftConfig(bases=bases, task_type="SEQ_CLS"), "a").eval()
+    perturb(model, "a")
+    head = model.base_model.model.classifier.modules_to_save
+    with torch.no_grad():
+        head["a"].weight.normal_()
+    tokens = torch.arange(1, 13).view(2, 6)
+
+    def logits(found, adapter):
+        found.set_adapter(adapter)
+        with torch.no_grad():
+            return found(input_ids=tokens).logits
+
+    model.add_weighted_adapter(["a"], [1.0], "w", combination)
+    assert not any(p.requires_grad for p in head["w"].parameters()) and head["a"].weight.requires_grad
+    expected = logits(model, "a")
+    close(logits(model, "w"), expected)
+    assert head["w"].weight.requires_grad and head["w"].weight.data_ptr() != head["a"].weight.data_ptr()
+    model.save_pretrained(tmp_path, selected_adapters=["w"])
+    close(logits(peft.PeftModel.from_pretrained(base, str(tmp_path / "w"), "w").eval(), "w"), expected)
+    with pytest.raises(ConfigError, match="same module whole"):
+        model.add_weighted_adapter(["a", "w"], [1.0, 1.0], "both")
+
+
+@pytest.mark.parametrize("order", [["default", "headed"], ["headed", "default", "headed"]])
+def test_the_head_comes_along_from_wherever_it_is(order):
+    model, _ = adapted("mlp")
+    bases = bases_for(model_of("mlp"), KINDS["mlp"][1])
+    model.add_adapter("headed", GivaPeftConfig(bases=bases, modules_to_save=["head"]))
+    head = model.base_model.model.head.modules_to_save
+    with torch.no_grad():
+        head["headed"].weight.normal_()
+    model.add_weighted_adapter(order, [0.5] * len(order), "both")
+    assert torch.equal(head["both"].weight, head["headed"].weight) and "default" not in head
+    assert model.peft_config["both"].modules_to_save == ["head"] and not model.peft_config["default"].modules_to_save
+
+
 def test_combinations_that_cannot_be_are_refused():
     model, _, _ = two_adapters("mlp", modules_to_save=["head"])
     refused = {

@@ -175,8 +175,9 @@ def test_hello_comes_back_with_its_order() -> None:
 
 def test_hello_of_another_version() -> None:
     payload = HELLO.to_payload()
-    payload.values["protocol"] = protocol.PROTOCOL_VERSION + 1
-    with pytest.raises(ProtocolError, match="another protocol version; got 2; expected 1"):
+    spoken, ours = protocol.PROTOCOL_VERSION + 1, protocol.PROTOCOL_VERSION
+    payload.values["protocol"] = spoken
+    with pytest.raises(ProtocolError, match=f"another protocol version; got {spoken}; expected {ours}"):
         Hello.from_payload(payload)
 
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 
 import pytest
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 
 from client import backbone, trainer
 from client.app import app
@@ -121,6 +121,48 @@ def test_a_site_that_lost_its_bases_gets_them_again(toy_config: RunConfig, store
     assert statuses(second) == {**ALL, "site-3": "failed"}
     assert second.sites[2].reason.startswith("bases: ")
     assert statuses(store.rounds(run_id, "bases")[1]) == {"site-3": "ok"}
+
+
+def test_a_site_whose_update_failed_evaluates_in_the_second_attempt(toy_config: RunConfig, store: RunStore) -> None:
+    config = toy_config.replace(rounds__quorum=3, rounds__num_rounds=2)
+    failed: set[int] = set()
+
+    def failing_once(message: Message, context: Context) -> Message:
+        is_second = (message.metadata.message_type, message.metadata.group_id) == ("train.round", "train-2")
+        if is_second and context.node_id in (1002, 1003) and context.node_id not in failed:
+            failed.add(context.node_id)
+            return Message(Error(100, "data: just now"), reply_to=message)
+        return app(message, context)
+
+    first, _ = store.rounds(
+        federate(store, ChangingGrid(config, NODES, failing_once), config, lambda *_: None), "train"
+    )
+    assert failed == {1002, 1003} and all(site.eval_loss is not None for site in first.sites)
+    whole, _ = store.rounds(federate(store, ChangingGrid(config, NODES), config, lambda *_: None), "train")
+    assert first.eval_loss == whole.eval_loss and first.metrics == whole.metrics
+
+
+def test_a_site_may_leave_between_its_evaluation_and_the_end_of_the_round(
+    toy_config: RunConfig, store: RunStore
+) -> None:
+    config = toy_config.replace(rounds__min_sites=2, rounds__quorum=2, rounds__num_rounds=2)
+    seen: list[int] = []
+
+    def leaving(message: Message, context: Context) -> Message:
+        if (message.metadata.message_type, message.metadata.group_id) != ("train.round", "train-2"):
+            return app(message, context)
+        seen.append(context.node_id)
+        if context.node_id != 1001 and seen.count(context.node_id) == 1:
+            return Message(Error(100, "data: just now"), reply_to=message)
+        return app(message, context)
+
+    grid = ChangingGrid(config, NODES, leaving)
+    ids = grid.get_node_ids
+    grid.get_node_ids = lambda: [n for n in ids() if n != 1001 or len(seen) < 3]  # type: ignore[method-assign]
+    run_id = federate(store, grid, config, lambda *_: None)
+    first, second = store.rounds(run_id, "train")
+    assert store.run(run_id).status == "completed" and all(site.eval_loss is not None for site in first.sites)
+    assert {site.site for site in second.sites if site.num_steps} == {"site-2", "site-3"}
 
 
 def test_a_silent_site_is_benched_and_heard_again(

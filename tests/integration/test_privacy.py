@@ -253,8 +253,8 @@ def test_counts_leave_only_where_the_site_allows_them(clinic: Clinic) -> None:
         (
             {"giva__rank": 4},
             {},
-            "policy: the site's max-sketch-share does not allow sketches as wide as giva.rank and giva.power-passes "
-            "make them",
+            "policy: the site's max-sketch-share does not allow sketches as wide as giva.rank, giva.oversampling "
+            "and giva.power-passes make them, of so few calibration tokens",
         ),
         ({"giva__calibration_batch_size": 4}, {}, "data: fewer examples than the site's min-calibration-examples"),
         (
