@@ -4,7 +4,7 @@
     python benchmarks/overhead.py --rounds 10 --json
 
 One SuperLink with TLS and node keys, a server and three sites, each a worker and a messenger, all on this machine; the
-real encoder, one local step of eight questions a round, so that little but overhead is left. The mark beside it is the
+real encoder, two local steps of eight questions a round, so that little but overhead is left. The mark beside it is the
 same federation with SuperNodes as Flower starts them: a fresh interpreter for every message, one look a second for a
 new one. It needs `openssl` and `ssh-keygen`, and takes about five minutes.
 """
@@ -79,7 +79,7 @@ def measure(folder: Path, model: Path, data: Path, rounds: int, *, is_plain: boo
         live.start_server()
         live.giva("superlink", "add", "here", live.address, "--root-certificates", live.keys / "ca.crt")
         for site in SITES:
-            live.giva("site", "approve", live.keys / f"{site}.key.pub", "--name", site)
+            live.giva("site", "approve", live.keys / f"{site}.pub", "--name", site)
             start_site(live, site, is_plain)
         live.wait_for_sites(*SITES)
         config = RunConfig.from_toml(
@@ -91,7 +91,7 @@ def measure(folder: Path, model: Path, data: Path, rounds: int, *, is_plain: boo
                 "rounds.head-rounds": 0,
                 "rounds.num-rounds": rounds,
                 "train.batch-size": EVAL_ROWS,
-                "train.max-local-steps": 1,
+                "train.max-local-steps": 2,
             },
         )
         live.giva("run", "start", run_file(folder, config), "--stream")

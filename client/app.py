@@ -43,7 +43,7 @@ def _answer_here(message: Message, context: Context) -> Message:
     """A simulated site's answer; its whole error shows on stderr where `GIVA_DEBUG=1`, its reason travels."""
     from giva_core import protocol
     from giva_core.config import RunConfig
-    from giva_core.errors import public_reason
+    from giva_core.errors import GivaError, public_reason
 
     from .messenger import SITE_ERROR
     from .needs import require_training
@@ -64,6 +64,8 @@ def _answer_here(message: Message, context: Context) -> Message:
     except Exception as error:  # whatever it is, it must not reach the network with its text
         reason = public_reason(error)
         log.error("%s failed: %s", kind, reason)
+        if isinstance(error, GivaError):  # who simulates is whose data these are: what, got, expected, remedy
+            print(error, file=sys.stderr)
         if os.environ.get("GIVA_DEBUG") == "1":
             traceback.print_exception(error, file=sys.stderr)
         return Message(Error(SITE_ERROR, reason), reply_to=message)

@@ -134,6 +134,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         yield staged
         for path in staged.rglob("*"):
             if path.is_file():
+                path.chmod(0o644)  # safetensors writes 0600, and who serves a model is seldom who made it
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
         if output.exists():

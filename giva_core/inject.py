@@ -88,10 +88,26 @@ def find_targets(
 def layer_shapes(
     model: nn.Module, config: GivaConfig, exclude: Collection[str] = ()
 ) -> tuple[tuple[LayerShape, ...], tuple[int, ...]]:
-    """Shapes and effective ranks of the targets of `config`, in model order; see `find_targets`."""
+    """Shapes and effective ranks of the targets of `config`, in model order; see `find_targets`.
+
+    A layer that is smaller than the rank gets what it can hold; a rank that no layer holds is a mistake.
+
+    Raises:
+        TargetError: Nothing to adapt, or the rank is above every layer's.
+    """
     targets = find_targets(model, config.target_modules, exclude)
     layers = tuple(linear_shape(module, name) for name, module in targets)
-    return layers, tuple(layer.effective_rank(config.rank, config.init) for layer in layers)
+    ranks = tuple(layer.effective_rank(config.rank, config.init) for layer in layers)
+    largest = max((min(layer.d_out, layer.d_in) for layer in layers), default=config.rank)
+    if largest < config.rank:
+        raise TargetError(
+            "the rank is above that of every layer",
+            got=f"giva.rank = {config.rank}",
+            expected=f"at most {largest}",
+            remedy="lower giva.rank",
+            public=f"giva.rank {config.rank} is above that of every layer, {largest}",
+        )
+    return layers, ranks
 
 
 # -- wrapping ---------------------------------------------------------------------------------------------------------

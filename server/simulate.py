@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from giva_core.config import RunConfig
-from giva_core.errors import StoreError
+from giva_core.errors import ConfigError, StoreError
 from giva_core.sites import site_folders
 from giva_core.types import RoundRecord
 
@@ -48,6 +48,7 @@ def simulated_nodes(config: RunConfig) -> dict[int, Mapping[str, Any]]:
 def simulate(config: RunConfig, store: RunStore, watch: Watch = lambda record: None) -> str:
     """Run a federation from its start; returns the run's id."""
     make_aggregator(config)  # a strategy that is refused must not leave a run behind
+    _check_sites(config)
     grid = _grid(config)
     run_id = store.create_run(config, ENGINE, server_versions())
     Federation(grid, config, store, run_id, watch).run()
@@ -70,6 +71,18 @@ def resume(run_id: str, store: RunStore, watch: Watch = lambda record: None) -> 
     if run.status != "completed":
         Federation(_grid(run.config), run.config, store, run.run_id, watch).run()
     return run.run_id
+
+
+def _check_sites(config: RunConfig) -> None:
+    """Refuse to wait for sites that no folder stands for."""
+    count, rounds = len(simulated_nodes(config)), config.rounds
+    if count < max(rounds.min_sites, rounds.quorum):
+        raise ConfigError(
+            "there are fewer sites than the run asks for",
+            got=f"{count} folders in data.folder",
+            expected=f"at least rounds.min-sites = {rounds.min_sites} and rounds.quorum = {rounds.quorum}",
+            remedy=f"set rounds.min-sites to {count} or less, or add folders",
+        )
 
 
 def _grid(config: RunConfig) -> LocalGrid:

@@ -181,14 +181,21 @@ def test_one_module_under_two_names_is_refused() -> None:
 
 
 def test_layer_shapes_on_meta_on_cpu_and_after_injection_agree() -> None:
-    config = GivaConfig(rank=8)
+    config = GivaConfig(rank=6)
     with torch.device("meta"):
         meta = Toy()
     layers, ranks = layer_shapes(meta, config, exclude=["head"])
     assert layers[:2] == (LayerShape("blocks.0.up", INNER, HIDDEN), LayerShape("blocks.0.down", HIDDEN, INNER))
-    assert ranks == (6, 6, 6, 6), "the rank is clipped to min(d_out, d_in)"
+    assert ranks == (6, 6, 6, 6)
     assert layer_shapes(adapted(), config, exclude=["head"]) == (layers, ranks)
-    assert layer_shapes(meta, GivaConfig(rank=8, init="secsv"), exclude=["head"])[1] == (3, 3, 3, 3)
+    assert layer_shapes(meta, GivaConfig(rank=6, init="secsv"), exclude=["head"])[1] == (3, 3, 3, 3)
+
+
+def test_a_rank_is_clipped_where_a_layer_is_smaller_and_refused_where_all_are() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.Linear(9, 12))
+    assert layer_shapes(model, GivaConfig(rank=7))[1] == (5, 7)
+    with pytest.raises(TargetError, match=r"got giva.rank = 10; expected at most 9. Remedy: lower giva.rank"):
+        layer_shapes(model, GivaConfig(rank=10))
 
 
 # -- wrapping -----------------------------------------------------------------------------------------
