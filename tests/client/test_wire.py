@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 import shutil
 import subprocess
 import sys
@@ -118,3 +119,57 @@ def test_bytes_of_strangers_are_refused_as_such() -> None:
         except ProtocolError as error:
             outcomes.add(public_reason(error))
     assert "protocol: the request cannot be read" in outcomes and len(outcomes) > 1
+
+
+def amounts(values: int = 0, arrays: int = 0, **fields: Any) -> bytes:
+    """A request that holds so many values and arrays."""
+    payload = pb.Payload(values=[pb.Value()] * values, arrays=[pb.Array()] * arrays)
+    return pb.Request(protocol=codec.WIRE_VERSION, payload=payload, **fields).SerializeToString()
+
+
+def field(number: int, content: bytes) -> bytes:
+    """A field of bytes as protobuf writes it."""
+    size, rest = [], len(content)
+    while rest > 127:
+        size.append(rest & 127 | 128)
+        rest >>= 7
+    return bytes([number << 3 | 2, *size, rest]) + content
+
+
+def test_a_request_holds_so_many_values_and_arrays() -> None:
+    most = codec.parse_request(amounts(codec.MAX_VALUES, codec.MAX_ARRAYS, config="x" * (1 << 20)))
+    assert (len(most.payload.values), len(most.payload.arrays)) == (codec.MAX_VALUES, codec.MAX_ARRAYS)
+    large = pb.Array(dtype="<f4", shape=[1 << 20], data=bytes(4 << 20))
+    request = pb.Request(protocol=codec.WIRE_VERSION, payload=pb.Payload(arrays=[large]))
+    assert codec.parse_request(request.SerializeToString()) == request
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        amounts(codec.MAX_VALUES + 1),
+        amounts(codec.MAX_VALUES) + amounts(1),  # protobuf joins the two payloads
+        amounts(arrays=codec.MAX_ARRAYS + 1),
+        amounts(config="x" * (codec.MAX_OTHER_BYTES + 1)),
+        field(5, field(1, field(3, b"\1" * (codec.MAX_OTHER_BYTES + 1)))),  # a shape
+        field(5, field(1, field(4, b"") * 200_000)),
+        field(5, field(9, b"") * 200_000),
+        field(9, b"") * 200_000,
+    ],
+)
+def test_too_much_is_refused_before_protobuf_reads_it(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "_checked", lambda *arguments: pytest.fail("it was parsed"))
+    with pytest.raises(ProtocolError) as caught:
+        codec.parse_request(data)
+    assert public_reason(caught.value).startswith("protocol: the request holds too much")
+
+
+def test_eight_mebibytes_of_empty_values_cost_nothing() -> None:
+    data = field(5, field(2, b"") * (4 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            codec.parse_request(data)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

@@ -25,8 +25,9 @@ from client.servicer import Servicer, check_request, listen
 from client.site_file import SiteFile
 from client.wire import codec, link
 from client.wire import worker_pb2 as pb
+from client.worker_tasks import Limits, TaskRunner
 from giva_core.config import RunConfig
-from giva_core.errors import ConfigError, GivaError, public_reason
+from giva_core.errors import ConfigError, GivaError, ProtocolError, public_reason
 from giva_core.protocol import Hello, Payload
 from server.run_store import RunStore
 from server.simulate import simulate
@@ -148,6 +149,30 @@ def test_what_a_worker_refuses(
     assert worker.link.ask(asked, 60).reason == reason
     after = worker.link.status()
     assert (after.refused, after.done) == (before.refused + 1, before.done)
+
+
+def test_a_request_takes_its_place_before_it_is_read(
+    toy_model: Path, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(site_toml("a", toy_model, toy_folder / "site-1", worker={"queue": 1}), encoding="utf-8")
+    site = SiteFile.read(path)
+    runner = TaskRunner(path, Limits(60.0, queue=1), {})
+    servicer, answers, parsed = Servicer(site, runner, ""), [], []
+
+    def parse(data: bytes) -> pb.Request:
+        parsed.append(data)
+        if len(parsed) < 3:  # while this one is read, another comes
+            answers.append(pb.Reply.FromString(servicer.ask(data + b"x", None)).reason)  # type: ignore[arg-type]
+        raise ProtocolError("a request cannot be read", public="the request cannot be read")
+
+    monkeypatch.setattr(codec, "parse_request", parse)
+    answers.append(pb.Reply.FromString(servicer.ask(b"", None)).reason)  # type: ignore[arg-type]
+    assert parsed == [b"", b"x"]
+    assert answers == ["busy: the site's queue is full", *["protocol: the request cannot be read"] * 2]
+    assert runner.progress().refused == 3
+    parsed[:] = [b""] * 9
+    assert pb.Reply.FromString(servicer.ask(b"", None)).reason == answers[1]  # type: ignore[arg-type]
 
 
 def test_questions_are_counted_over_a_restart(toy_model: Path, toy_folder: Path, config: RunConfig) -> None:

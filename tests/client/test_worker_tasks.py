@@ -39,6 +39,13 @@ while True:
                 kept.append(bytearray(os.urandom(1 << 20) * 16))
         case ["die"]:
             os._exit(7)
+        case ["lie"]:  # a frame longer than any memory
+            replies.write(b"A" + (1 << 62).to_bytes(8, "little"))
+            replies.flush()
+            os.read(os.pipe()[0], 1)
+        case ["babble"]:
+            write_frame(replies, PROGRESS, b"[]")
+            os.read(os.pipe()[0], 1)
         case ["refuse"]:
             write_frame(replies, REFUSAL, b"no")
             continue
@@ -124,6 +131,20 @@ def test_a_child_that_dies_costs_its_task_alone(start: Start) -> None:
         submit(runner, "die").result(60)
     assert public_reason(caught.value) == "internal: the site's worker process ended"
     assert ask(runner, "word")[1] == "word"
+
+
+@pytest.mark.parametrize("words", ["lie", "babble"])
+def test_a_child_that_cannot_be_understood_is_killed(start: Start, words: str) -> None:
+    runner = start(queue=0)
+    before, _ = ask(runner, "word")
+    with pytest.raises(ChildError) as caught:
+        submit(runner, words).result(60)
+    assert public_reason(caught.value) == "internal: the site's worker process ended"
+    after, text = ask(runner, "word")
+    assert after != before and text == "word"
+    with pytest.raises(ProcessLookupError):
+        os.kill(before, 0)
+    assert (runner.progress().killed, runner.progress().done) == (1, 2)
 
 
 def test_a_child_that_cannot_start_is_told_by_every_task(start: Start) -> None:

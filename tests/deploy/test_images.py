@@ -12,13 +12,16 @@ import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from docker_engine import IMAGES, ROOT, Engine
 
@@ -102,6 +105,151 @@ def test_gate_says_when_the_superlink_is_away() -> None:
             return await site.get("https://gate/health")
 
     assert asyncio.run(ask()).status_code == 502
+
+
+def gate_answers(gate: object, *bodies: bytes, is_endless: bool = False) -> int:
+    """The status that somebody gets who sends these pieces, and then either ends or falls silent."""
+    events = [{"type": "http.request", "body": body, "more_body": True} for body in bodies]
+    sent: list[dict[str, object]] = []
+
+    async def receive() -> dict[str, object]:
+        if not events and is_endless:
+            await asyncio.Event().wait()
+        return events.pop(0) if events else {"type": "http.request", "body": b""}
+
+    async def send(event: dict[str, object]) -> None:
+        sent.append(event)
+
+    scope = {"method": "POST", "raw_path": b"/v1/fleet/push-object", "query_string": b"", "headers": []}
+    asyncio.run(gate({**scope, "client": ("192.0.2.7", 4)}, receive, send))  # type: ignore[operator]
+    return int(str(sent[0]["status"]))
+
+
+def test_gate_holds_so_much_of_all_bodies_and_half_of_it_of_one_address() -> None:
+    module = load("gate")
+    module.BODIES_BYTES = 100
+    upstream = httpx.AsyncClient(
+        transport=httpx.MockTransport(lambda request: httpx.Response(200, stream=httpx.ByteStream(b"done"))),
+        base_url="https://superlink:8000",
+    )
+    gate = module.Gate(upstream)
+    assert gate_answers(gate, bytes(20), bytes(30)) == 200
+    assert gate_answers(gate, bytes(20), bytes(31)) == 503
+    gate.held["192.0.2.8"] = 90
+    assert gate_answers(gate, bytes(10)) == 200
+    assert gate_answers(gate, bytes(11)) == 503
+    assert gate.held == {"192.0.2.8": 90}  # what was answered is forgotten
+
+
+def test_gate_waits_for_no_body_for_ever() -> None:
+    module = load("gate")
+    module.TIMEOUT_SECONDS = 0.01
+    gate = module.Gate(httpx.AsyncClient(base_url="https://superlink:8000"))
+    assert gate_answers(gate, b"ab", is_endless=True) == 408
+    assert not gate.held
+
+
+async def served_by_gate(module: ModuleType, visit: Callable[[Any, int], Awaitable[None]]) -> None:
+    """What `visit` does at a port behind which everything is answered with 204, or with nothing at /silent."""
+
+    async def answer(scope: dict[str, Any], receive: object, send: Callable[[object], Awaitable[None]]) -> None:
+        if scope["path"] == "/silent":
+            await asyncio.Event().wait()
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    config = uvicorn.Config(answer, http=module.Connection, lifespan="off", ws="none", log_config=None)
+    config.timeout_graceful_shutdown = 1
+    server, door = uvicorn.Server(config), module.Door("127.0.0.1", 0, per_client=2)
+    serving = asyncio.create_task(server.serve([door]))
+    try:
+        await visit(door, door.getsockname()[1])
+    finally:
+        server.should_exit = True
+        await serving
+
+
+def test_gate_closes_what_one_address_opens_beyond_its_share() -> None:
+    module = load("gate")
+
+    async def visit(door: Any, port: int) -> None:
+        request = b"GET / HTTP/1.1\r\nHost: gate\r\n\r\n"
+        streams = []
+        for _ in range(2):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request)
+            assert await reader.readline() == b"HTTP/1.1 204 No Content\r\n"
+            streams.append(writer)
+        assert door.visitors == {"127.0.0.1": 2}
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        writer.close()
+        for writer in streams:
+            writer.close()
+        while door.visitors:
+            await asyncio.sleep(0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 204")
+        writer.close()
+
+    asyncio.run(asyncio.wait_for(served_by_gate(module, visit), 30))
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: gate\r\n\r\nGET", b"GET /silent HTTP/1.1\r\nHost: gate\r\n\r\n"],
+)
+def test_gate_ends_connections_of_the_silent(sent: bytes) -> None:
+    module = load("gate")
+    module.HEADERS_SECONDS = module.REQUEST_SECONDS = 0.1
+
+    async def visit(door: Any, port: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        with suppress(ConnectionResetError):
+            assert (await reader.read()).count(b"204 No Content") == (b"GET / HTTP" in sent)
+        writer.close()
+        while door.visitors:
+            await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(served_by_gate(module, visit), 30))
+
+
+# -- the operator's first commands ------------------------------------------------------------------------------------
+
+_GIVA = """#!/bin/sh
+echo "$*" >>"$TOLD"
+case "$*" in
+"site list --all"*) cat "$SITES" ;;
+esac
+"""
+
+
+def test_sites_are_approved_once_and_never_after_they_were_revoked(tmp_path: Path) -> None:
+    keys, bin_folder, told = tmp_path / "keys", tmp_path / "bin", tmp_path / "told"
+    keys.mkdir()
+    bin_folder.mkdir()
+    for number in range(1, 5):
+        (keys / f"site-{number}.pub").write_text("key")
+    status = {"site-1": "online", "site-3": "revoked"}
+    sites = [{"site": name, "status": word} for name, word in status.items()]
+    # one that came back with a new key, and one without a name
+    sites += [{"site": "site-4", "status": "revoked"}, {"site": "site-4", "status": "never came"}]
+    sites += [{"site": None, "status": "online"}]
+    (tmp_path / "sites.json").write_text(json.dumps({"data": {"sites": sites}}))
+    (bin_folder / "giva").write_text(_GIVA)
+    (bin_folder / "giva").chmod(0o755)
+    (bin_folder / "python").symlink_to(sys.executable)
+    script = tmp_path / "approve.sh"
+    script.write_text((DOCKER / "approve.sh").read_text(encoding="utf-8").replace("/etc/giva/*", f"{keys}/*"))
+    environment = {"PATH": f"{bin_folder}:/usr/bin:/bin", "TOLD": str(told), "SITES": str(tmp_path / "sites.json")}
+    done = subprocess.run(["sh", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    approved = [line for line in told.read_text().splitlines() if line.startswith("site approve")]
+    assert approved == [f"site approve {keys}/site-2.pub --name site-2 --superlink demo"]
+    assert done.stderr.startswith("site-3 was revoked") and done.stderr.count("\n") == 1
 
 
 # -- health checks, requirements, keys --------------------------------------------------------------------------------

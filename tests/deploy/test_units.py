@@ -84,6 +84,11 @@ def test_every_unit_is_kept_in(unit: str) -> None:
         assert found[key] == "yes", key
     assert found["ProtectSystem"] == "strict" and found["CapabilityBoundingSet"] == ""
     assert found["SystemCallFilter"].startswith("@system-service ~@privileged")
+    assert 64 <= int(found["TasksMax"]) <= 1024
+
+
+def test_strangers_cannot_fill_the_memory_through_the_gate() -> None:
+    assert service("giva-gate")["MemoryMax"] == "512M"
 
 
 @pytest.mark.parametrize(("unit", "command"), FLOWER_S.items())

@@ -370,7 +370,20 @@ def test_a_configuration_that_fits_no_site_fails_with_the_sites_reasons(toy_conf
 
 def test_rank_above_what_the_gradient_has_is_refused_by_layer(toy_config, store):
     with pytest.raises(GivaError, match=r"attention.* too low a rank; got 15 directions .* expected at least 16"):
-        run(toy_config.replace(giva__rank=500, giva__calibration_batches=4), store)
+        run(toy_config.replace(giva__rank=16, giva__calibration_batches=4), store)
+
+
+def test_a_rank_that_no_layer_holds_is_refused_before_anything_is_done(toy_config, store):
+    with pytest.raises(GivaError, match="target: giva.rank 500 is above that of every layer, 16"):
+        run(toy_config.replace(giva__rank=500), store)
+
+
+def test_a_simulation_does_not_wait_for_sites_that_there_are_not(toy_config, store):
+    with pytest.raises(
+        ConfigError, match=r"got 3 folders .* rounds.min-sites = 4 .* set rounds.min-sites to 3 or less"
+    ):
+        run(toy_config.replace(rounds__min_sites=4), store)
+    assert store.runs() == []
 
 
 def test_other_bases_than_those_of_the_start_are_refused_on_resume(toy_config, store):
