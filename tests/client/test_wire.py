@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-import tracemalloc
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest

@@ -374,7 +374,7 @@ def test_rank_above_what_the_gradient_has_is_refused_by_layer(toy_config, store)
 
 
 def test_a_rank_that_no_layer_holds_is_refused_before_anything_is_done(toy_config, store):
-    with pytest.raises(GivaError, match="target: giva.rank 500 is above that of every layer, 16"):
+    with pytest.raises(GivaError, match=r"target: giva\.rank 500 is above that of every layer, 16"):
         run(toy_config.replace(giva__rank=500), store)
 
 
