@@ -18,7 +18,7 @@ for key in /etc/giva/*.pub; do
     *" $name "*) continue ;;
     esac
     case " $revoked " in
-    *" $name "*) echo "$name was revoked and stays out; a new key of its needs: giva site approve $key --name $name" >&2 ;;
+    *" $name "*) echo "$name was revoked; a new key of its own needs giva site approve $key --name $name" >&2 ;;
     *) giva site approve "$key" --name "$name" --superlink demo ;;
     esac
 done

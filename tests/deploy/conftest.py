@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from docker_engine import NO_ENGINE, Engine, call, requirements, script
+from docker_engine import NO_ENGINE, Engine, call, is_there, requirements, script, where
 
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
-    """The engine that is there, else one that a script brings up, and down again."""
-    environment = dict(os.environ)
-    if shutil.which("docker") and subprocess.run(["docker", "info"], capture_output=True).returncode == 0:
-        yield Engine(environment)
+    """The engine that is there, else one that a script brings up, and down again if it did."""
+    if is_there(dict(os.environ)):
+        yield Engine(dict(os.environ))
         return
     path = script()
     if path is None:
         pytest.fail(NO_ENGINE, pytrace=False)
+    environment = {**os.environ, "DOCKER_BUILDKIT": "0", **where(path)}
+    was_there = is_there(environment)
     with tempfile.TemporaryDirectory() as folder:
         wheels = Path(folder, "requirements.txt")
         wheels.write_text(requirements(), encoding="utf-8")
         call(path, "up")
         try:
             call(path, "base", str(wheels))
-            shown = f'eval "$(bash {shlex.quote(str(path))} env)"; env -0'
-            lines = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=True).stdout.split("\0")
-            where = dict(line.split("=", 1) for line in lines if line.startswith("DOCKER_"))
-            yield Engine({**environment, "DOCKER_BUILDKIT": "0", **where})
+            yield Engine(environment)
         finally:
-            call(path, "down")
+            if not was_there:
+                call(path, "down")
 
 
 @pytest.fixture(scope="session")

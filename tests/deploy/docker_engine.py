@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 import tomllib
@@ -49,6 +50,20 @@ def script() -> Path | None:
     named = os.environ.get("GIVA_TEST_ENGINE")
     script = Path(named) if named else ROOT.parent / "shared" / "ci" / "engine.sh"
     return script if script.is_file() else None
+
+
+def is_there(environment: dict[str, str]) -> bool:
+    """Whether a client with this environment finds an engine."""
+    if shutil.which("docker", path=environment["PATH"]) is None:
+        return False
+    return subprocess.run(["docker", "info"], env=environment, capture_output=True).returncode == 0
+
+
+def where(script: Path) -> dict[str, str]:
+    """What a client has to have in its environment to find the script's engine."""
+    shown = f'eval "$(bash {shlex.quote(str(script))} env)"; env -0'
+    lines = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=True).stdout.split("\0")
+    return dict(line.split("=", 1) for line in lines if line.startswith("DOCKER_"))
 
 
 def requirements() -> str:

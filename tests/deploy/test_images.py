@@ -163,6 +163,8 @@ async def served_by_gate(module: ModuleType, visit: Callable[[Any, int], Awaitab
     server, door = uvicorn.Server(config), module.Door("127.0.0.1", 0, per_client=2)
     serving = asyncio.create_task(server.serve([door]))
     try:
+        while not server.started:
+            await asyncio.sleep(0)
         await visit(door, door.getsockname()[1])
     finally:
         server.should_exit = True
