@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from giva_core.errors import GivaError, StoreError
 from giva_core.types import Arrays, RoundRecord, SiteRecord
 
 _BUSY_SECONDS = 30.0
+_RETRY_SECONDS = 0.01
 SCHEMA_VERSION = 1
 #: The phases of a run, in the order in which they happen.
 PHASES = ("hello", "head", "calibrate", "bases", "train")
@@ -168,12 +170,30 @@ def begun(db: sqlite3.Connection, kind: str) -> Iterator[None]:
 
 def create_schema(db: sqlite3.Connection) -> None:
     """Make the tables of an empty database."""
-    db.execute("PRAGMA journal_mode = WAL")  # kept in the file; readers and the writer do not block each other
+    _write_ahead(db)
     with begun(db, "IMMEDIATE"):
         if db.execute("PRAGMA user_version").fetchone() == (0,):  # else another process was faster
             for statement in _SCHEMA:
                 db.execute(statement)
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Switch the file to write-ahead logging, in which readers and the writer do not block each other.
+
+    The switch turns a read lock into a write lock, where SQLite does not wait for other connections as it does
+    elsewhere, since two that do so would wait for each other: whoever meets another process here tries again.
+    """
+    give_up = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                raise
+        else:
+            return
+        time.sleep(_RETRY_SECONDS)
 
 
 def insert(db: sqlite3.Connection, table: str, row: Sequence[Any]) -> None:

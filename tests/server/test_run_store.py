@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -405,6 +406,18 @@ def test_processes_that_start_together_share_a_new_store(tmp_path: Path) -> None
     ids = {run_id for part in made for run_id in part}
     assert len(ids) == 16
     assert {run.run_id for run in RunStore(tmp_path / "new").runs()} == ids
+
+
+def test_a_new_store_waits_for_a_process_that_reads_it(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    with ThreadPoolExecutor(1) as pool, contextlib.closing(sqlite3.connect(store.database)) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM sqlite_master").fetchall()  # holds a read lock until its transaction ends
+        made = pool.submit(store.create_run, RunConfig(), "simulation", {})
+        with pytest.raises(TimeoutError):
+            made.result(timeout=0.3)
+        other.execute("COMMIT")
+        assert store.run(made.result(timeout=20)).status == "running"
 
 
 def test_readers_see_whole_rounds_while_a_writer_replaces_them(store: RunStore, run_id: str) -> None:
