@@ -408,11 +408,10 @@ def test_processes_that_start_together_share_a_new_store(tmp_path: Path) -> None
     assert {run.run_id for run in RunStore(tmp_path / "new").runs()} == ids
 
 
-def test_a_new_store_waits_for_a_process_that_reads_it(tmp_path: Path) -> None:
+def test_a_new_store_waits_for_a_process_that_makes_it_too(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     with ThreadPoolExecutor(1) as pool, contextlib.closing(sqlite3.connect(store.database)) as other:
-        other.execute("BEGIN")
-        other.execute("SELECT * FROM sqlite_master").fetchall()  # holds a read lock until its transaction ends
+        other.execute("BEGIN IMMEDIATE")  # SQLite does not wait for this lock by itself where it switches
         made = pool.submit(store.create_run, RunConfig(), "simulation", {})
         with pytest.raises(TimeoutError):
             made.result(timeout=0.3)
