@@ -45,8 +45,7 @@ setup-demo: $(if $(wildcard $(VENV)/.installed-dev),$(VENV)/.installed-dev,$(VEN
 
 demo: setup-demo ## a federation of hospitals on this machine, with a real model and real data
 	$(BIN)/giva data prepare medical
-	$(BIN)/giva simulate recipes/medical.toml
-	$(BIN)/giva metrics plot last --output medical.png
+	$(BIN)/giva simulate recipes/medical.toml --plot medical.png
 
 demo-baselines: setup-demo ## the same beside central GiVA, FedAvg-LoRA, the frozen encoder and TF-IDF + SVM
 	$(BIN)/python benchmarks/medical.py --baselines

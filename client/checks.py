@@ -62,7 +62,11 @@ def _policy(site: SiteFile, run: RunConfig) -> Check:
         site.local_config(run)
     except GivaError as error:
         return _tried("the run and the policy", error)
-    return Check("the run and the policy", True, "allowed, as far as its configuration tells")
+    shares = run.task.share_counts
+    counts = "are sent" if shares and site.policy.allow_share_counts else "stay here"
+    asked = "asks" if shares else "does not ask"
+    found = f"allowed, as far as its configuration tells; it {asked} for counts by class, which {counts}"
+    return Check("the run and the policy", True, found)
 
 
 def _rows(site: SiteFile, name: str, run: RunConfig | None) -> Check:

@@ -42,7 +42,8 @@ def continued_config(given: RunConfig, stored: RunConfig) -> RunConfig:
             expected=f"{stored.digest()[:12]}…",
             cause="`flwr run` fills in the app's defaults where it is given `resume` alone",
             # Flower takes a file or key-value pairs, not both
-            remedy=f'add the line resume = "{given.resume}" to the top of the file that started it, and use that again',
+            remedy=f"use `giva run resume {given.resume}`, which sends all of it; or add the line "
+            f'resume = "{given.resume}" to the top of the file that started it, and use that again',
         )
     return stored
 

@@ -101,7 +101,7 @@ class Session:
                 f"too few sites {what}",
                 got=outcomes(records),
                 expected=f"at least {count} sites",
-                remedy="see to the sites named, then resume the run",
+                remedy=f"see to the sites named, then continue with `giva run resume {self.run_id}`",
             )
 
     def next_number(self, phase: str) -> int:

@@ -66,7 +66,7 @@ def resume(run_id: str, store: RunStore, watch: Watch = lambda record: None) -> 
         raise StoreError(
             f"run {run.run_id} was not started by `giva simulate`",
             got=f"engine {run.engine}",
-            remedy=f'add the line resume = "{run.run_id}" to the top of its --run-config file, and `flwr run` it again',
+            remedy=f"continue it with `giva run resume {run.run_id}`",
         )
     if run.status != "completed":
         Federation(_grid(run.config), run.config, store, run.run_id, watch).run()

@@ -28,10 +28,11 @@ from giva_core.report import Report, Table
     show_default=True,
     help="Folder of the adapter.",
 )
+@click.option("--force", is_flag=True, help="Write over an adapter that lies there.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting, e.g. --set giva.rank=16."
 )
-def train(config: Path, folder: Path | None, output: Path, settings: tuple[str, ...]) -> Report:
+def train(config: Path, folder: Path | None, output: Path, force: bool, settings: tuple[str, ...]) -> Report:
     """Train an adapter on this machine's data alone."""
     from client.needs import require_training
 
@@ -39,6 +40,8 @@ def train(config: Path, folder: Path | None, output: Path, settings: tuple[str, 
     from client.alone import LocalRound, site_at, train_alone
 
     run = RunConfig.from_toml(config, parse_assignments(settings))
+    if not force:
+        _check_free(output)
     site = site_at(_data_folder(folder, run), run)
 
     def watch(done: LocalRound) -> None:
@@ -84,6 +87,17 @@ def _row(done: Any) -> dict[str, Any]:
         "metrics": dict(evaluation.metrics) if evaluation else {},
         "seconds": done.seconds,
     }
+
+
+def _check_free(output: Path) -> None:
+    """Refuse before the training, not after it, to write over what lies there."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            f"{output} is there already",
+            expected="a new or an empty folder",
+            cause="an adapter of an earlier training lies there",
+            remedy="name another folder with --output, or write over it with --force",
+        )
 
 
 def _data_folder(folder: Path | None, config: RunConfig) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from .run import main_metric
 
 if TYPE_CHECKING:
     from giva_core.types import RoundRecord
-    from server.run_store import RunStore
+    from server.run_store import RunStore, RunSummary
 
 #: Columns of the long form; `site` is empty for the totals over all sites.
 COLUMNS = ("run", "phase", "round", "site", "metric", "value")
@@ -120,15 +120,19 @@ def export_metrics(store: RunStore, reference: str, form: str, output: Path | No
 @store_option
 def plot_metrics(store: RunStore, references: tuple[str, ...], output: Path) -> Report:
     """Draw loss, metric and bytes by round, or compare runs."""
-    from .plots import draw
-
     runs = list({run.run_id: run for run in map(store.run, references or ("last",))}.values())
-    png = draw([(run, store.rounds(run.run_id)) for run in runs], main_metric(runs[0]))
     if output.suffix != ".png":
         output = output / (f"{runs[0].run_id}.png" if len(runs) == 1 else "comparison.png")
-    write_output(output, png)
+    write_plot(store, runs, output)
     data = {"runs": [run.run_id for run in runs], "metric": main_metric(runs[0]), "output": output}
     return Report("metrics-plot", data, notes=(f"Wrote {output}.",))
+
+
+def write_plot(store: RunStore, runs: Sequence[RunSummary], output: Path) -> None:
+    """Draw the runs into a PNG."""
+    from .plots import draw
+
+    write_output(output, draw([(run, store.rounds(run.run_id)) for run in runs], main_metric(runs[0])))
 
 
 def _names(found: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -22,7 +23,8 @@ from giva_core.types import RoundRecord
     envvar="GIVA_STORE",
     help="Run store; default: $GIVA_HOME/store.",
 )
-def simulate(config: Path, settings: tuple[str, ...], store: Path | None) -> Report:
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="PNG to draw of the finished run.")
+def simulate(config: Path, settings: tuple[str, ...], store: Path | None, plot: Path | None) -> Report:
     """Run a federation in one process: every sub-folder of data.folder is a site."""
     run = RunConfig.from_toml(config, parse_assignments(settings))
 
@@ -37,4 +39,10 @@ def simulate(config: Path, settings: tuple[str, ...], store: Path | None) -> Rep
 
     runs = RunStore(store or default_root())
     run_id = start(run, runs, watch)
-    return finished_report(runs, run_id)
+    report = finished_report(runs, run_id)
+    if plot is not None:
+        from .metrics import write_plot
+
+        write_plot(runs, [runs.run(run_id)], plot)
+        report = replace(report, notes=(*report.notes, f"plot: {plot}"))
+    return report

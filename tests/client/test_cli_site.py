@@ -71,7 +71,9 @@ def test_a_site_that_can_join(site_file: Path, toy_model: Path) -> None:
 @pytest.mark.usefixtures("leaving")
 def test_a_run_s_labels_and_the_policy_are_held_against_the_site(site_file: Path, run_file: Path) -> None:
     code, data = giva("site", "check", site_file, "--config", run_file)
-    assert code == 0 and {entry["what"]: entry["found"] for entry in data["checks"]}["train.jsonl"] == "24 rows"
+    found = {entry["what"]: entry["found"] for entry in data["checks"]}
+    assert code == 0 and found["train.jsonl"] == "24 rows"
+    assert "for counts by class, which stay here" in found["the run and the policy"]
     run_file.write_text(
         run_file.read_text().replace('"[\\"left\\"', '"[\\"other\\"').replace("giva.rank = 2", "giva.rank = 99")
     )

@@ -51,9 +51,10 @@ def home(tmp_path: Path) -> Path:
 
 
 def test_simulate_then_look_at_the_run(config_file, home):
-    done = giva("simulate", config_file, "--set", "rounds.num-rounds=2", "--json", home=home)
+    done = giva("simulate", config_file, "--set", "rounds.num-rounds=2", "--plot", "run.png", "--json", home=home)
     answer = data_of(done)
     assert answer["status"] == "completed" and answer["rounds_done"] == 2
+    assert (home / "run.png").read_bytes().startswith(b"\x89PNG")
     assert "round 2/2" in done.stderr and "Error" not in done.stderr
     assert [row["phase"] for row in data_of(giva("round", "list", "--json", home=home))["rounds"]][-1] == "train"
     assert data_of(giva("adapter", "verify", answer["run_id"], "--json", home=home))
@@ -88,6 +89,10 @@ def test_train_alone(config_file, toy_folder, home):
     answer = data_of(done)
     assert len(answer["rounds"]) == 6 and (output / "adapter.json").is_file()
     assert data_of(giva("adapter", "show", output, "--json", home=home))
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    again = giva("train", config_file, "--data", toy_folder / "site-1", "--output", output, home=home, check=False)
+    assert again.returncode == 2 and "is there already" in again.stderr and "--force" in again.stderr
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == before
 
 
 @pytest.mark.parametrize(
