@@ -1,4 +1,7 @@
-"""A Docker engine for tests, and the ways to one."""
+"""A Docker engine for tests, and the ways to one.
+
+python tests/deploy/docker_engine.py     # tells by its exit code whether there is one, and starts it if it can
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import tomllib
 from dataclasses import dataclass
@@ -81,3 +85,21 @@ def call(script: Path, *arguments: str) -> None:
         said.seek(0)
         if done.returncode:
             pytest.fail(f"{script.name} {arguments[0]} failed:\n{said.read()[-3000:]}", pytrace=False)
+
+
+def main() -> None:
+    """Exit with 0 where an engine is there now, else with the reason."""
+    if is_there(dict(os.environ)):
+        return
+    path = script()
+    if path is None:
+        sys.exit(NO_ENGINE)
+    with tempfile.TemporaryFile("w+") as said:  # no pipe, as above
+        subprocess.run(["bash", str(path), "up"], stdout=said, stderr=subprocess.STDOUT)
+        if not is_there({**os.environ, **where(path)}):
+            said.seek(0)
+            sys.exit(f"{path.name} brought no Docker engine up: {said.read().strip()[-500:]}")
+
+
+if __name__ == "__main__":
+    main()
