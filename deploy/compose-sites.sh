@@ -30,7 +30,6 @@ for n in $sites; do
   site-$n-messenger:
     extends: {file: docker-compose.yml, service: site-1-messenger}
     build: !reset null
-    pull_policy: never
     networks: !override {site-$n: {}}
     volumes: !override ["site-$n-keys:/etc/giva:ro", "site-$n-socket:/run/giva:ro"]
     depends_on: !override
@@ -40,7 +39,6 @@ for n in $sites; do
   site-$n-worker:
     extends: {file: docker-compose.yml, service: site-1-worker}
     build: !reset null
-    pull_policy: never
     volumes: !override ["site-$n-data:/srv/giva:ro", "site-$n-socket:/run/giva", "site-$n-cache:/var/lib/giva"]
 END
 done
