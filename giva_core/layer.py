@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .errors import BasesError, NumericsError, TargetError
+from .fused import adapted_linear, coefficients
 from .types import LayerShape
 
 
@@ -109,18 +110,21 @@ class GivaLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # the name nn.Linear gives it, for callers by keyword
         """`base(x) + (dropout(x) Aᵀ) Mᵀ`; `base(x)` alone where merged or not enabled."""
-        y = self.base_layer(input)
         if self.merged or not self.enabled:
-            return y
-        dtype = _compute_dtype(input)
+            return self.base_layer(input)
+        autocast = _autocast_dtype(input)
+        dtype = autocast or input.dtype
+        if self._is_one_product(input, autocast is not None):
+            vectors = self.lambda_o, self.lambda_s, self.B, self.residual
+            A, is_transposed = self._cast_A(dtype), is_conv1d(self.base_layer)
+            return adapted_linear(input, self.weight, self.bias, A, vectors, is_transposed=is_transposed)
+        y = self.base_layer(input)
         h = F.linear(self.dropout(input), self._cast_A(dtype))  # (..., r)
         return y + F.linear(h, self.coefficients().to(dtype))
 
     def coefficients(self) -> Tensor:
         """`M = (lambda_o lambda_sᵀ + R) ∘ B`, float32 `(d_out, r)`, so that ΔW = M A."""
-        if self.residual is None:
-            return self.lambda_o[:, None] * self.B * self.lambda_s
-        return (self.lambda_o[:, None] * self.lambda_s + self.residual) * self.B
+        return coefficients(self.lambda_o, self.lambda_s, self.B, self.residual)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -155,6 +159,21 @@ class GivaLinear(nn.Module):
         """Shapes, for `print(model)`."""
         return f"d_out={self.out_features}, d_in={self.in_features}, r={self.rank}"
 
+    def _is_one_product(self, x: Tensor, is_autocast: bool) -> bool:
+        """Whether base layer and adapter may be computed as one: the base is frozen and plain, nothing is dropped.
+
+        Otherwise the base layer is called as the module that it is. The function of `fused` has no second derivative
+        and no rule for `torch.func`; where that is at work, PyTorch's own products are used.
+        """
+        base = self.base_layer
+        return (
+            is_plain_linear(base)
+            and (is_autocast or x.dtype == self.weight.dtype)
+            and not any(parameter is not None and parameter.requires_grad for parameter in (self.weight, self.bias))
+            and not (isinstance(self.dropout, nn.Dropout) and self.dropout.training)
+            and not torch._C._are_functorch_transforms_active()
+        )
+
     def _cast_A(self, dtype: torch.dtype) -> Tensor:
         """A in the type of the products, cast once."""
         if dtype == self.A.dtype:
@@ -187,6 +206,13 @@ def unwrap(module: nn.Module) -> nn.Module:
 def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is transformers' `Conv1D`: a linear layer whose weight is `(d_in, d_out)`."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling it is a product with its weight and no more: no hook, no forward or tensor type of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    is_linear = type(module).forward is nn.Linear.forward or is_conv1d(module)
+    return is_linear and "forward" not in vars(module) and not any(hooks) and type(module.weight) is nn.Parameter
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -250,7 +276,8 @@ def check_bases(shape: LayerShape, A: np.ndarray, B: np.ndarray) -> None:
             raise BasesError(f"{letter} of '{shape.name}' has entries that are not finite", cause="a damaged file")
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast else x.dtype
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None

@@ -27,7 +27,7 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.randn(nf))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.nf)
 
 
 def make_base(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
