@@ -167,7 +167,8 @@ class GivaLinear(nn.Module):
         """
         base = self.base_layer
         return (
-            is_plain_linear(base)
+            type(self).coefficients is GivaLinear.coefficients
+            and is_plain_linear(base)
             and (is_autocast or x.dtype == self.weight.dtype)
             and not any(parameter is not None and parameter.requires_grad for parameter in (self.weight, self.bias))
             and not (isinstance(self.dropout, nn.Dropout) and self.dropout.training)
