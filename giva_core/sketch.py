@@ -172,15 +172,16 @@ class _Probe(torch.autograd.Function):
     """The identity, which shows the gradient of a layer's output to its tap.
 
     `anchor` asks for a gradient, so the probe is on the graph even where everything upstream is frozen. The input is
-    kept by `save_for_backward`, not in a closure, so that checkpointing can drop and recompute it. The output is a
-    copy: models may work on it in place.
+    kept by `save_for_backward`, not in a closure, so that checkpointing can drop and recompute it. The output is the
+    same memory as another tensor, which models may work on in place: a linear layer keeps no output of its own, and
+    the version that both share tells on whoever does.
     """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, anchor: Tensor, kept: Tensor, tap: _Tap) -> Tensor:
         ctx.save_for_backward(kept)
         ctx.tap = tap
-        return output.clone()
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:

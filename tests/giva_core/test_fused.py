@@ -197,7 +197,7 @@ def test_nothing_but_r_numbers_a_token_is_kept(tokens: int) -> None:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(x.requires_grad_())
-    assert [tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in own] == [(tokens, R)]
+    assert [tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in own] == [(R, tokens)]
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
@@ -212,7 +212,7 @@ def test_frozen_vectors_get_no_gradient_and_cost_nothing(trained: tuple[str, ...
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = layer(x)
     (y * target).sum().backward()
-    assert any(t.shape == (tokens, R) for t in kept) == bool(trained)
+    assert any(t.shape == (R, tokens) for t in kept) == bool(trained)
     assert {name for name in ("lambda_o", "lambda_s") if getattr(layer, name).grad is not None} == set(trained)
     torch.testing.assert_close(x.grad, target @ (layer.weight + layer.delta_weight()))
 
