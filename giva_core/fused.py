@@ -45,8 +45,9 @@ def adapted_linear(
     """
     lambda_o, lambda_s, *_ = vectors
     trains = torch.is_grad_enabled() and (lambda_o.requires_grad or lambda_s.requires_grad)
-    y: Tensor = _AdaptedLinear.apply(x, weight, bias, A, *vectors, is_transposed, trains)
-    return y
+    rows = x.reshape(-1, x.shape[-1])
+    y: Tensor = _AdaptedLinear.apply(rows, weight, bias, A, *vectors, is_transposed, trains)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def coefficients(lambda_o: Tensor, lambda_s: Tensor, B: Tensor, residual: Tensor | None) -> Tensor:
@@ -66,6 +67,8 @@ def is_fused_cheaper(tokens: int, d_in: int, d_out: int, *, needs_inner: bool = 
 
 
 class _AdaptedLinear(torch.autograd.Function):
+    """On matrices `(tokens, d_in)`: a view made inside could not be worked on in place."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -82,42 +85,39 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         with _no_autocast(x.device.type):
             dtype = A.dtype
-            x_cast = x.to(dtype)
+            rows = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-            rows = x_cast.reshape(-1, x.shape[-1])
             d_out, d_in = B.shape[0], A.shape[1]
-            fuse = is_fused_cheaper(rows.shape[0], d_in, d_out, needs_inner=trains)
+            fuse = is_fused_cheaper(len(rows), d_in, d_out, needs_inner=trains)
             M = coefficients(lambda_o, lambda_s, B, residual)
             h = A @ rows.T if trains or not fuse else None  # (r, tokens): a third faster on a CPU than its transpose
             if h is None or fuse:
-                y = F.linear(x_cast, _adapted_weight(weight, M, A, is_transposed), bias)
+                y = F.linear(rows, _adapted_weight(weight, M, A, is_transposed), bias)
             else:
                 W = weight.to(dtype)
-                y = F.linear(x_cast, W.T if is_transposed else W, bias)
-                y.view(-1, d_out).addmm_(h.T, M.to(dtype).T)
+                y = F.linear(rows, W.T if is_transposed else W, bias).addmm_(h.T, M.to(dtype).T)
             ctx.save_for_backward(h if trains else None, weight, A, lambda_o, lambda_s, B, residual)
             ctx.x_dtype, ctx.is_transposed = x.dtype, is_transposed
             return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, A, lambda_o, lambda_s, B, residual = ctx.saved_tensors
         x_needs, o_needs, s_needs = (ctx.needs_input_grad[i] for i in (0, 4, 5))
         grad_x = grad_o = grad_s = None
-        with _no_autocast(grad.device.type):
-            delta = grad.reshape(-1, grad.shape[-1])
+        with _no_autocast(delta.device.type):
             d_out, d_in = B.shape[0], A.shape[1]
             if x_needs:
                 M = coefficients(lambda_o, lambda_s, B, residual)
-                if is_fused_cheaper(delta.shape[0], d_in, d_out):
+                if is_fused_cheaper(len(delta), d_in, d_out):
                     W = _adapted_weight(weight, M, A, ctx.is_transposed)
                     grad_x = delta @ W
                 else:
                     W = weight.to(delta.dtype)
                     grad_x = delta @ (W.T if ctx.is_transposed else W)
                     grad_x.addmm_(delta @ M.to(delta.dtype), A)
-                grad_x = grad_x.view(*grad.shape[:-1], d_in).to(ctx.x_dtype)
+                grad_x = grad_x.to(ctx.x_dtype)
             if o_needs or s_needs:
                 C = (h @ delta).T.to(B.dtype) * B  # the gradient of lambda_o lambda_sᵀ
                 grad_o = C @ lambda_s if o_needs else None

@@ -225,6 +225,23 @@ def test_the_base_weight_is_never_written() -> None:
     assert layer.weight._version == version
 
 
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_inputs_in_another_order_of_memory_and_single_vectors(tokens: int) -> None:
+    layer = make_layer()
+    x = inputs(2 * tokens)[0].view(2, tokens, D_IN).transpose(0, 1)
+    torch.testing.assert_close(layer(x), plain_forward(layer, x))
+    torch.testing.assert_close(layer(x[0, 0]), plain_forward(layer, x[0, 0]))
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_the_output_may_be_worked_on_in_place(tokens: int) -> None:
+    layer = make_layer()
+    x, target = (t.view(2, tokens // 2, -1) for t in inputs(tokens))
+    found = results(layer, lambda x: layer(x).mul_(2), x, target / 2)[1:]
+    for a, b in zip(found, results(layer, layer, x, target)[1:], strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_batch_without_tokens() -> None:
     layer = make_layer()
     x = torch.zeros(2, 0, D_IN, requires_grad=True)

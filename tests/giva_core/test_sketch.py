@@ -51,6 +51,7 @@ class Toy(nn.Module):
     def body(self, x: Tensor) -> Tensor:
         x = self.first(x)
         x += 1.0
+        x *= 0.5
         x = torch.tanh(self.twice(torch.tanh(self.twice(input=x))))
         return self.conv(self.dropout(x))
 
