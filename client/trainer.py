@@ -31,7 +31,17 @@ from .data import read_rows
 from .frozen import FrozenHead, can_freeze, head_inputs
 from .policy import Policy
 from .site import SiteSettings
-from .training import EncodedData, OnStep, Task, batches, collate, examples_in_round, predict, train_round
+from .training import (
+    EncodedData,
+    OnStep,
+    Task,
+    batches,
+    collate,
+    examples_in_round,
+    predict,
+    train_round,
+    use_threads,
+)
 
 _SESSIONS = 256  # simulated sites whose trainers stay in memory
 _sessions: OrderedDict[tuple[Any, ...], LocalTrainer] = OrderedDict()
@@ -93,6 +103,7 @@ class LocalTrainer:
         self.site, self._config = site, config
         if site.policy:
             site.policy.check_run(config)
+        use_threads(config.train.num_threads)
         self.backbone = get_backbone(config, site.device)
         self.on_step: OnStep = lambda step, steps: None
         self._check_model()
@@ -307,6 +318,7 @@ def get_trainer(site: SiteSettings, config: RunConfig) -> LocalTrainer:
         while len(_sessions) > _SESSIONS:
             _sessions.popitem(last=False)
     _sessions.move_to_end(key)
+    use_threads(config.train.num_threads)  # the message before may have been another run's
     return _sessions[key]
 
 

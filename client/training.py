@@ -19,6 +19,7 @@ from giva_core.errors import NumericsError
 #: Told after every optimizer step: how many are done, and of how many.
 OnStep = Callable[[int, int], None]
 
+_found_threads = 0
 _GROUP = 50  # batches that are sorted by length together: enough to save padding, few enough to stay random
 
 
@@ -81,6 +82,14 @@ def pick_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def use_threads(number: int) -> None:
+    """Let PyTorch compute with so many threads; 0 is what it found before this process was told a number."""
+    global _found_threads
+    if number or _found_threads:
+        _found_threads = _found_threads or torch.get_num_threads()
+        torch.set_num_threads(number or _found_threads)
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:

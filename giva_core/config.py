@@ -154,6 +154,12 @@ class TrainConfig(Section):
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps; a site's own setting comes first")
+    num_threads: int = option(
+        0,
+        "threads of PyTorch on a CPU; sums differ in their last bits with another number. 0: what PyTorch finds",
+        minimum=0,
+        maximum=256,
+    )
 
 
 @dataclass(frozen=True)

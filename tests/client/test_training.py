@@ -375,3 +375,13 @@ def test_precision_of_the_forward_pass(precision: str, dtype: torch.dtype | None
     with context:
         product = torch.ones(2, 3) @ torch.ones(3, 1)
     assert product.dtype == (dtype or torch.float32)
+
+
+def test_threads_are_those_of_the_run_or_those_that_were_found() -> None:
+    found = torch.get_num_threads()
+    training.use_threads(0)
+    assert torch.get_num_threads() == found
+    training.use_threads(found + 1)
+    assert torch.get_num_threads() == found + 1
+    training.use_threads(0)
+    assert torch.get_num_threads() == found
