@@ -42,7 +42,7 @@ def check_site(path: Path, run: RunConfig | None = None) -> list[Check]:
         ConfigError: The site file cannot be used; nothing else is tried then.
     """
     site = SiteFile.read(path)
-    checks = [Check("site file", True, f"site {site.name}, {len(site.models)} models")]
+    checks = [Check("site file", True, f"site {site.name}; models: {', '.join(site.models)}")]
     checks += [_network(site)]
     checks += [_rows(site, name, run) for name in (site.data.train_file, site.data.eval_file) if name]
     checks += [_model(site, name, run or RunConfig()) for name in site.models]

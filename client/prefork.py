@@ -12,6 +12,10 @@ command is started.
 Relied on is the name of the command alone, and that it is an entry point. This file needs nothing but Python and flwr,
 so that a machine without this project can run it, too. It ends with the command, with its exit code.
 
+A command that is itself an entry point beside `flwr-clientapp`, as `flower-supernode` is, ends when its main function
+does: flwr 1.41's would else stay, idle for good, where its connection has failed for good, since a thread of its API
+server goes on; and what does not end is not started again.
+
 Where nothing in the temporary folder may be executed, as in many containers, the small program is written beforehand:
 `prefork.py --write FOLDER`, and later `prefork.py --use FOLDER -- flower-supernode ...`.
 """
@@ -33,10 +37,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,6 +50,7 @@ LENGTH = struct.Struct("<I")
 _ALSO = ("grpc", "numpy", "flwr.clientapp")  # what the app imports, and what Flower imports when it loads an app
 _STREAMS = 3
 _READ_SECONDS = 10.0
+_LEAVE_SECONDS = 5.0
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 
@@ -122,11 +128,23 @@ def _run(arguments: list[str], folder: Path, programs: Path, real: str) -> int:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(address))
     listener.listen(64)  # before the command is started: what comes during the import waits
-    command = subprocess.Popen(arguments, env={**os.environ, **own}, preexec_fn=_end_with_parent)
+    command = subprocess.Popen(_ending(arguments, real), env={**os.environ, **own}, preexec_fn=_end_with_parent)
     for number in _PASSED_ON:
         signal.signal(number, lambda number, frame: command.send_signal(number))
     _preload()
     return _serve(listener, command)
+
+
+def _ending(arguments: list[str], real: str) -> list[str]:
+    """The command, so that it ends with its main function where that is known."""
+    found = shutil.which(arguments[0])
+    if found is None or Path(found).parent != Path(real).parent or not _entry_point(Path(found).name):
+        return arguments
+    return [sys.executable, str(Path(__file__).resolve()), "--run", found, *arguments[1:]]
+
+
+def _entry_point(name: str) -> EntryPoint | None:
+    return next(iter(entry_points(group="console_scripts", name=name)), None)
 
 
 def _end_with_parent() -> None:
@@ -155,8 +173,9 @@ def _quoted(text: str) -> str:
 
 def _preload() -> None:
     """Import what every message needs, and use nothing of it: threads would not survive a fork."""
-    [found] = entry_points(group="console_scripts", name=COMMAND)
-    found.load()
+    found = _entry_point(COMMAND)
+    if found:
+        found.load()
     for name in _ALSO:
         __import__(name)
     gc.collect()
@@ -267,8 +286,28 @@ def _take_on(folder: str, environment: Mapping[str, str], streams: list[int]) ->
 
 
 def _become(arguments: list[str]) -> NoReturn:
-    sys.argv = [COMMAND, *arguments]
-    [found] = entry_points(group="console_scripts", name=COMMAND)
+    code = _call([COMMAND, *arguments])
+    threading._shutdown()  # type: ignore[attr-defined]
+    _end(code)
+
+
+def _run_whole(arguments: list[str]) -> NoReturn:
+    """In a process of its own: the command, and no thread that outlives its main function by more than some seconds."""
+    code = _call(arguments)
+    give_up = time.monotonic() + _LEAVE_SECONDS
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(0.0, give_up - time.monotonic()))
+    _end(code)
+
+
+def _call(arguments: list[str]) -> int:
+    """Call the entry point that the command is; returns its exit code."""
+    sys.argv = arguments
+    found = _entry_point(Path(arguments[0]).name)
+    if found is None:
+        print(f"Error: there is no command {arguments[0]}", file=sys.stderr)
+        return 127
     command: Any = found.load()
     try:
         code = command()
@@ -280,16 +319,21 @@ def _become(arguments: list[str]) -> NoReturn:
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1
-    # as Python ends, but for the taking apart of all modules: that costs more than most messages do
-    threading._shutdown()  # type: ignore[attr-defined]
+    return int(code or 0) & 0xFF
+
+
+def _end(code: int) -> NoReturn:
+    """End as Python does, but for the taking apart of all modules: that costs more than most messages do."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(int(code or 0) & 0xFF)
+    os._exit(code)
 
 
 def _command_line(arguments: list[str]) -> int:
     match arguments:
+        case ["--run", *command] if command:
+            _run_whole(command)
         case ["--write", folder]:
             write_program(Path(folder).resolve())
             return 0

@@ -256,6 +256,13 @@ def _other_protocol(at: str, connection: Connection, error: OSError) -> SuperLin
             cause="it asks for TLS, and the connection was added with --insecure",
             remedy="add the connection again with --root-certificates",
         )
+    if isinstance(error, ConnectionResetError) and error.errno is not None:  # ours, for what is no HTTP, has no number
+        return SuperLinkError(
+            f"{at} closed the connection",
+            got=error.strerror,
+            cause="it was just being started or stopped, or refuses this machine's address",
+            remedy="try again; if it stays so, look at the SuperLink's log",
+        )
     return SuperLinkError(
         f"{at} does not speak TLS",
         got=error.reason if isinstance(error, ssl.SSLError) else error,

@@ -99,7 +99,8 @@ def _report(prepared: Prepared) -> Report:
             "written" if prepared.created else "it was there already; --force makes it anew",
             f"data.folder = {prepared.sites}",
             f"model.path = {prepared.model}",
-            f"next: giva simulate recipes/{federation['dataset']}.toml --set data.folder={prepared.sites}",
+            f"next: giva simulate recipes/{federation['dataset']}.toml --set data.folder={prepared.sites} "
+            f"--set rounds.min-sites={len(federation['sites'])}",
         ),
     )
 

@@ -200,7 +200,8 @@ def _submitted(submitted: Submitted, store: RunStore, stream: bool) -> Report:
     if not stream:
         notes = [
             f"SuperLink {link.connection.name} has taken the run; Flower's id of it is {flower_run_id}.",
-            "next: giva run list, where the server's run store lies; giva run stop to end it",
+            "next: giva run list, where the server's run store lies and the run will be in some seconds; "
+            f"giva run stop {flower_run_id} to end it",
         ]
         return Report("run-submitted", data, notes=tuple(notes))
     link.stream_log(flower_run_id)

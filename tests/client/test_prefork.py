@@ -47,6 +47,15 @@ def main():
             threading.Timer(0.1, lambda: print("late", flush=True)).start()
 """
 
+#: One whose main function leaves a thread behind.
+_IDLE = """import atexit, json, os, signal, sys, threading
+
+def stay():
+    threading.Thread(target=threading.Event().wait).start()
+    print(sys.argv[1:])
+    sys.exit(7)
+"""
+
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
@@ -172,3 +181,22 @@ def test_flower_s_own_command_starts_without_threads() -> None:
         [sys.executable, "-c", code], cwd=PREFORK.parent, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "1"
+
+
+def test_a_command_of_flower_s_ends_with_its_main_function(environment: dict[str, str], tmp_path: Path) -> None:
+    """Whatever threads it leaves; as an entry point beside Flower's command it is known to end so."""
+    module = tmp_path / "site" / "standin.py"
+    module.write_text(_MODULE.replace("import atexit, json, os, signal, sys, threading", _IDLE))
+    with (tmp_path / "site" / "standin-1.dist-info" / "entry_points.txt").open("a") as points:
+        points.write("flower-standin = standin:stay\n")
+    program = Path(shutil.which(prefork.COMMAND, path=environment["PATH"]) or "").with_name("flower-standin")
+    program.write_text("#!/bin/sh\nexit 99\n")
+    program.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, PREFORK, "--", "flower-standin", "--a", "b"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (7, "['--a', 'b']\n")
