@@ -167,8 +167,16 @@ def test_an_expired_certificate_is_said_and_renewed_without_the_sites(
     federation.start_superlink()
     assert federation.giva("superlink", "check")["days_left"] > 300
     approve(federation, site)
-    federation.start_supernode(site)
+    connected = federation.start_supernode(site)
     federation.wait_for_sites(site)
+
+    # one that was connected gives up as well, and has to end: only then whoever keeps it running starts it again
+    federation.programs["superlink"].stop()
+    (federation.keys / "server.crt").unlink()
+    federation.make_certificates("--days", 0)
+    federation.start_superlink()
+    federation.wait_for("a connected site ends at an expired certificate", ends(connected))
+    assert "certificate has expired" in connected.log
 
 
 def test_another_authority_is_not_trusted(federation: LiveFederation, tmp_path: Path) -> None:
