@@ -87,12 +87,12 @@ def _count_rows(path: Path, data: DataConfig) -> int:
     Raises:
         DataError: The file cannot be read, or a row lacks a column.
     """
-    from .data import _open
+    from .file_formats import open_rows
 
     columns = [column for column in (data.text_column, data.text_pair_column, data.label_column) if column]
     count = 0
     try:
-        for line, row in _open(path, columns):
+        for line, row in open_rows(path, columns):
             if isinstance(row, str):
                 raise DataError(f"{path} has a row that cannot be read", got=f"line {line}: {row}")
             if missing := [column for column in columns if row.get(column) is None]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from giva_core.config import TrainConfig
-from giva_core.models import MeanPoolingClassifier, TaskModel
+from giva_core.models import MeanPoolingClassifier, TaskModel, label_tensor
 
 from .training import EncodedData, pass_over
 
@@ -34,8 +34,7 @@ class FrozenHead:
 
     def collate(self, encoded: Sequence[Any], labels: Any = None) -> dict[str, torch.Tensor]:
         """Rows of features `(n, hidden)` and the labels."""
-        dtype = torch.long if self._task.kind == "classification" else torch.float32
-        return {"features": torch.from_numpy(np.stack(encoded)), "labels": torch.as_tensor(labels).to(dtype)}
+        return {"features": torch.from_numpy(np.stack(encoded)), "labels": label_tensor(labels, self._task.kind)}
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits `(n, C)`."""

@@ -143,12 +143,12 @@ class LocalTrainer:
 
     def _rows(self, path: Path) -> EncodedData:
         """The tokenised rows of a file: those kept with the model, if the file is still the same."""
-        task, kept = self.config.task, self.backbone.rows
+        task, model, kept = self.config.task, self.backbone.task, self.backbone.rows
         key = (path, _state_of(path), self.site.data)
         if key not in kept:
             examples = read_rows(path, task, self.site.data)
-            features = self.backbone.task.encode(examples.texts, examples.text_pairs, task.max_length)
-            kept[key] = EncodedData(features, examples.labels, [len(item["input_ids"]) for item in features])
+            features = model.encode_rows(examples.rows, task.max_length)
+            kept[key] = EncodedData(features, examples.labels, [model.length(item) for item in features])
             while len(kept) > 2 * _SESSIONS:
                 kept.popitem(last=False)
         return kept[key]
@@ -211,10 +211,8 @@ class LocalTrainer:
 
     def _calibration_vectors(self) -> int:
         """How many outer products the calibration gradient is a sum of, at least."""
-        chosen = self._calibration_choice()
-        if self.config.task.head != "mean":
-            return len(chosen)  # the last layers see one token of each example
-        return sum(self._train.lengths[index] for index in chosen)
+        chosen = [self._train.features[index] for index in self._calibration_choice()]
+        return self.backbone.task.gradient_terms(chosen, [layer.name for layer in self.backbone.schema.layers])
 
     def _calibration_choice(self) -> np.ndarray:
         """The rows of a shuffle that depends on the seed alone: every pass sees the same examples."""
@@ -288,6 +286,9 @@ class LocalTrainer:
         self.backbone.write(arrays)
         task, data = self._task_for("eval", self._eval, bases_digest)
         outputs, loss = predict(task, data, self.config.train)
+        outputs = self.backbone.task.judged(
+            outputs, self._eval.features, self._eval.labels, 2 * self.config.train.batch_size
+        )
         values, counts = metrics.site_metrics(self.config.task.kind, outputs, self._eval.labels)
         is_shared = self.config.task.share_counts
         if self.policy:

@@ -12,6 +12,7 @@ import pytest
 from client.data import SHOWN_ROWS, Examples, read_rows
 from giva_core.config import DataConfig, TaskConfig
 from giva_core.errors import ConfigError, DataError, DependencyError, public_reason
+from giva_core.rows import TextRow
 
 COLOURS = TaskConfig(labels=("red", "green", "blue"))
 TAGS = TaskConfig(kind="multilabel", labels=("red", "green", "blue"))
@@ -45,6 +46,10 @@ def fault(path: Path, task: TaskConfig = COLOURS, data: DataConfig = DATA) -> Da
     return error
 
 
+def texts(examples: Examples) -> tuple[str, ...]:
+    return tuple(row.text for row in examples.rows if isinstance(row, TextRow))
+
+
 # -- what is read -----------------------------------------------------------------------------------------------------
 
 
@@ -52,7 +57,7 @@ def test_jsonl_classification_ids_follow_the_order_of_the_labels(tmp_path: Path)
     pairs = ((" a ", "blue"), ("b", " red "), ("c", "blue"))
     path = jsonl(tmp_path, *({"text": text, "label": label} for text, label in pairs))
     examples = read_rows(path, COLOURS, DATA)
-    assert examples.texts == (" a ", "b", "c") and examples.text_pairs is None and len(examples) == 3
+    assert texts(examples) == (" a ", "b", "c") and len(examples) == 3
     assert examples.labels.dtype == np.int64
     np.testing.assert_array_equal(examples.labels, [2, 0, 2])
 
@@ -84,7 +89,7 @@ def test_regression_takes_numbers_and_their_text(tmp_path: Path) -> None:
 
 def test_second_text(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"text": "a", "other": "b", "label": "red"}, {"text": "c", "other": "d", "label": "red"})
-    assert read_rows(path, COLOURS, PAIRED).text_pairs == ("b", "d")
+    assert [row.pair for row in read_rows(path, COLOURS, PAIRED).rows] == ["b", "d"]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -96,14 +101,14 @@ def test_byte_order_mark_and_line_ends_do_not_matter(tmp_path: Path, mark: bytes
     lines.write_bytes(mark + end.join(rows).encode())
     for path in (table, lines):
         examples = read_rows(path, COLOURS, DATA)
-        assert examples.texts == ("grün", "b, c")
+        assert texts(examples) == ("grün", "b, c")
         np.testing.assert_array_equal(examples.labels, [0, 2])
 
 
 def test_csv_keeps_quoted_line_breaks_and_other_columns_may_stay(tmp_path: Path) -> None:
     path = csv(tmp_path, 'id, label ,text\n1,red,"two\nlines, ""quoted"""\n2,green,b\n')
     examples = read_rows(path, COLOURS, DATA)
-    assert examples.texts == ('two\nlines, "quoted"', "b")
+    assert texts(examples) == ('two\nlines, "quoted"', "b")
     np.testing.assert_array_equal(examples.labels, [0, 1])
 
 
@@ -121,7 +126,8 @@ def test_parquet_with_lists_numbers_and_names(tmp_path: Path) -> None:
 
 
 def test_repr_shows_no_example() -> None:
-    assert repr(Examples((SECRET,), None, np.array([0]))) == "Examples(1 examples)"
+    assert repr(Examples((TextRow(SECRET),), np.array([0]))) == "Examples(1 examples)"
+    assert repr(TextRow(SECRET, SECRET)) == "TextRow(...)"
 
 
 # -- faults of a row --------------------------------------------------------------------------------------------------

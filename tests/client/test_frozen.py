@@ -19,7 +19,7 @@ from giva_core.protocol import TrainRequest, trained_names
 def task_and_data(toy_config, toy_folder):
     task = load_task_model(toy_config)
     rows = read_rows(toy_folder / "site-2" / "train.jsonl", toy_config.task, toy_config.data)
-    features = task.encode(rows.texts, None, 16)
+    features = task.encode_rows(rows.rows, 16)
     return task, EncodedData(features, rows.labels, [len(item["input_ids"]) for item in features])
 
 
