@@ -88,13 +88,17 @@ def _count_rows(path: Path, data: DataConfig) -> int:
         DataError: The file cannot be read, or a row lacks a column.
     """
     from .file_formats import open_rows
+    from .row_parsers import column_sets
 
-    columns = [column for column in (data.text_column, data.text_pair_column, data.label_column) if column]
+    known = column_sets(data)
+    every = list(dict.fromkeys(column for columns in known for column in columns))
+    columns: list[str] = []
     count = 0
     try:
-        for line, row in open_rows(path, columns):
+        for line, row in open_rows(path, [], optional=every):
             if isinstance(row, str):
                 raise DataError(f"{path} has a row that cannot be read", got=f"line {line}: {row}")
+            columns = columns or next((found for found in known if row.keys() >= set(found)), known[0])
             if missing := [column for column in columns if row.get(column) is None]:
                 raise DataError(f"{path} has a row without {' and '.join(missing)}", got=f"line {line}")
             count += 1

@@ -34,7 +34,7 @@ class Examples:
     Attributes:
         rows: The examples, unchanged, each of its kind's type in `giva_core.rows`.
         labels: int64 `(n,)` class ids in the order of `task.labels`; float32 `(n, C)` of 0 and 1 for multilabel;
-            float32 `(n,)` for regression.
+            float32 `(n,)` for regression; int64 `(n,)` for answers: the right option, -1 without options.
     """
 
     rows: tuple[Row, ...]
@@ -73,7 +73,7 @@ def read_rows(path: str | Path, task: TaskConfig, data: DataConfig) -> Examples:
     columns: dict[str, None] = {}
     faults = _Faults("row" if path.suffix.lower() == ".parquet" else "line")
     try:
-        for line, row in open_rows(path, parser.needed, parser.settings):
+        for line, row in open_rows(path, parser.needed, parser.settings, parser.optional):
             try:
                 if isinstance(row, str):
                     raise BadRow(row)
@@ -133,7 +133,7 @@ class _Faults:
         raise DataError(
             f"{path} has rows that cannot be used",
             got=summary,
-            expected="in every row a text and a label that the run's configuration agrees on",
+            expected="in every row what the task needs, and what the run's configuration agrees on",
             cause=self._cause(),
             remedy="correct or remove these rows",
             public=f"unusable rows ({', '.join(sorted(self._counts))})",

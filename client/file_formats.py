@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,16 @@ _UTF8_BOM = b"\xef\xbb\xbf"
 FoundRow = tuple[int, Mapping[str, Any] | str]
 
 
-def open_rows(path: Path, needed: list[str], settings: str = SETTINGS) -> Iterator[FoundRow]:
+def open_rows(
+    path: Path, needed: list[str], settings: str = SETTINGS, optional: Sequence[str] = ()
+) -> Iterator[FoundRow]:
     """The rows of a file, one by one; its ending tells the format. Opening it may fail at the first row.
 
     Args:
         path: The file.
         needed: Columns that have to be there, where the format knows columns.
         settings: The settings that name them.
+        optional: Columns that are read where they are there.
 
     Raises:
         DataError: The format is not known, or the file is not of it.
@@ -40,7 +43,7 @@ def open_rows(path: Path, needed: list[str], settings: str = SETTINGS) -> Iterat
         case ".csv":
             return _read_csv(path, needed, settings)
         case ".parquet":
-            return _read_parquet(path, needed, settings)
+            return _read_parquet(path, needed, settings, optional)
         case ending:
             raise DataError(
                 f"{path} is in no known format",
@@ -69,7 +72,7 @@ def _parse_json(line: bytes) -> Mapping[str, Any] | str:
     return row if isinstance(row, dict) else "row unreadable"
 
 
-def _read_csv(path: Path, needed: list[str], settings: str = SETTINGS) -> Iterator[FoundRow]:
+def _read_csv(path: Path, needed: list[str], settings: str) -> Iterator[FoundRow]:
     with path.open("rb") as stream:
         # Bytes that are not UTF-8 pass as surrogates: they spoil their own row only, and never the count of the lines.
         lines = (
@@ -112,7 +115,7 @@ def _csv_header(path: Path, cells: list[str] | None, needed: list[str], settings
     return header
 
 
-def _read_parquet(path: Path, needed: list[str], settings: str = SETTINGS) -> Iterator[FoundRow]:
+def _read_parquet(path: Path, needed: list[str], settings: str, optional: Sequence[str]) -> Iterator[FoundRow]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -127,7 +130,8 @@ def _read_parquet(path: Path, needed: list[str], settings: str = SETTINGS) -> It
             with parquet.ParquetFile(stream) as file:
                 require_columns(path, needed, dict.fromkeys(file.schema_arrow.names), settings)
                 _require_distinct(path, needed, file.schema_arrow.names)
-                rows = (row for batch in file.iter_batches(columns=needed) for row in batch.to_pylist())
+                read = [*needed, *(column for column in optional if column in file.schema_arrow.names)]
+                rows = (row for batch in file.iter_batches(columns=read) for row in batch.to_pylist())
                 yield from enumerate(rows, start=1)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError):  # their texts may quote the file
             raise DataError(

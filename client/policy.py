@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from giva_core.types import ModelSchema
 
 #: Every metric that an evaluation has, over all kinds of tasks.
-METRICS = ("accuracy", "macro_f1", "mcc", "micro_f1", "subset_accuracy", "mse", "pearson")
+METRICS = (
+    *("accuracy", "macro_f1", "mcc", "micro_f1", "subset_accuracy", "mse", "pearson"),
+    *("perplexity", "token_accuracy", "exact_match", "choice_accuracy"),
+)
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 
 

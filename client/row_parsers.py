@@ -6,6 +6,7 @@ used raises `BadRow`, whose text is the kind of the fault and never a part of th
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from giva_core.config import DataConfig, TaskConfig
+from giva_core.config import ANSWER_TASKS, DataConfig, TaskConfig
 from giva_core.errors import ConfigError
-from giva_core.rows import Row, TextRow
+from giva_core.rows import Dialogue, Row, TextRow
 
 from .file_formats import is_utf8
 
@@ -39,6 +40,7 @@ class RowParser:
         parse: A row's example.
         label: A row's label.
         label_type: numpy's type of the labels.
+        optional: Columns that a row may have.
     """
 
     needed: list[str]
@@ -46,15 +48,24 @@ class RowParser:
     parse: Callable[[Columns], Row]
     label: Callable[[Columns], Any]
     label_type: type
+    optional: tuple[str, ...] = ()
 
 
 def row_parser(task: TaskConfig, data: DataConfig) -> RowParser:
     """The parser of a run's rows.
 
     Raises:
-        ConfigError: The task has no labels.
+        ConfigError: The task has no labels, or the columns are not those of its format.
     """
-    return _texts(task, data)
+    return _answers(task, data) if task.kind in ANSWER_TASKS else _texts(task, data)
+
+
+def column_sets(data: DataConfig) -> list[list[str]]:
+    """The columns that rows of one kind of task or another have, the commonest kind first."""
+    if data.messages_column:
+        return [[data.messages_column]]
+    texts = [column for column in (data.text_column, data.text_pair_column, data.label_column) if column]
+    return [texts, [data.prompt_column, data.completion_column]]
 
 
 def _texts(task: TaskConfig, data: DataConfig) -> RowParser:
@@ -88,6 +99,72 @@ def text_of(row: Columns, column: str, what: str) -> str:
     if not is_utf8(text):
         raise BadRow("not UTF-8")
     return text
+
+
+def _answers(task: TaskConfig, data: DataConfig) -> RowParser:
+    if data.messages_column and task.prompt_format != "chat":
+        raise ConfigError(
+            "data.messages-column holds chats, and the run's prompts are plain",
+            got=f"task.prompt-format = {task.prompt_format}",
+            expected="chat",
+            remedy="set task.prompt-format = chat, or data.prompt-column and data.completion-column",
+            public="the site has chats, the run has plain prompts",
+        )
+
+    def parse(row: Columns) -> Dialogue:
+        if data.messages_column:
+            turns = _turns(row, data.messages_column)
+        else:
+            prompt = text_of(row, data.prompt_column, "prompt")
+            turns = (("user", prompt), ("assistant", text_of(row, data.completion_column, "completion")))
+        return Dialogue(turns, _options(row, data.options_column))
+
+    def label(row: Columns) -> int:
+        example = parse(row)
+        if not example.options:
+            return -1
+        names = [option.strip() for option in example.options]
+        if names.count(example.answer.strip()) != 1:
+            raise BadRow("answer not one of the options")
+        return names.index(example.answer.strip())
+
+    needed = [data.messages_column] if data.messages_column else [data.prompt_column, data.completion_column]
+    return RowParser(
+        needed=needed,
+        settings="data.prompt-column and data.completion-column, or data.messages-column",
+        parse=parse,
+        label=label,
+        label_type=np.int64,
+        optional=(data.options_column,) if data.options_column else (),
+    )
+
+
+def _turns(row: Columns, column: str) -> tuple[tuple[str, str], ...]:
+    """The messages of a chat, which alternate between user and assistant after an opening by the system, if any."""
+    messages = row.get(column)
+    if isinstance(messages, str):  # a cell of a CSV file
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError):
+            messages = None
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise BadRow("chat not a list of messages")
+    turns = tuple((str(message.get("role")), text_of(message, "content", "message")) for message in messages)
+    roles = [role for role, _ in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise BadRow("chat not of user and assistant in turn, the assistant last")
+    return turns
+
+
+def _options(row: Columns, column: str) -> tuple[str, ...]:
+    found = row.get(column) if column else None
+    if found is None or found == "":
+        return ()
+    options = found.split("|") if isinstance(found, str) else found
+    if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
+        raise BadRow("options not a list of texts")
+    return tuple(options)
 
 
 def _label_parser(task: TaskConfig) -> Callable[[Columns, str], Any]:

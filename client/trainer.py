@@ -38,6 +38,7 @@ from .training import (
     batches,
     collate,
     examples_in_round,
+    judged,
     predict,
     train_round,
     use_threads,
@@ -234,6 +235,7 @@ class LocalTrainer:
         started = time.perf_counter()
         self.backbone.use(request.bases_digest)
         self.backbone.write(request.arrays)
+        self.backbone.task.checkpoint_activations(self.config.train.gradient_checkpointing)
         vectors, others = self.backbone.parameters(request.train_names)
         task, data = self._task_for("train", self._train, request.bases_digest, trained=request.train_names)
         result = train_round(
@@ -286,12 +288,12 @@ class LocalTrainer:
         self.backbone.write(arrays)
         task, data = self._task_for("eval", self._eval, bases_digest)
         outputs, loss = predict(task, data, self.config.train)
-        outputs = self.backbone.task.judged(
-            outputs, self._eval.features, self._eval.labels, 2 * self.config.train.batch_size
-        )
+        outputs = judged(self.backbone.task, outputs, self._eval, self.config.train)
         values, counts = metrics.site_metrics(self.config.task.kind, outputs, self._eval.labels)
         is_shared = self.config.task.share_counts
         if self.policy:
+            counts = metrics.without_few(self.config.task.kind, counts, self.policy.min_eval_examples)
+            values = metrics.from_counts(self.config.task.kind, counts)
             released = self.policy.released(values)
             # every metric follows from the counts
             is_shared = is_shared and self.policy.allow_share_counts and len(released) == len(values)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from tqdm import tqdm
 
 from giva_core.config import TrainConfig
 from giva_core.errors import NumericsError
+
+if TYPE_CHECKING:
+    from giva_core.models import TaskModel
 
 #: Told after every optimizer step: how many are done, and of how many.
 OnStep = Callable[[int, int], None]
@@ -237,6 +240,14 @@ def predict(task: Task, data: EncodedData, config: TrainConfig) -> tuple[np.ndar
         outputs[indices] = logits.float().cpu().numpy()
         total += loss
     return outputs, total / len(data)
+
+
+@torch.no_grad()
+def judged(task: TaskModel, outputs: np.ndarray, data: EncodedData, config: TrainConfig) -> np.ndarray:
+    """What the metrics are made of: the outputs, and what the kind of task adds to them, by generation for instance."""
+    task.model.eval()
+    with autocast(config, next(task.model.parameters()).device):
+        return task.judged(outputs, data.features, data.labels, 2 * config.batch_size)
 
 
 @torch.no_grad()

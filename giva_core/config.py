@@ -24,7 +24,11 @@ from .paths import expand
 METHODS = ("giva", "lora", "head")
 INITS = ("rand", "topsv", "secsv", "rowalign")
 MODES = ("fedavg", "alternate", "exact")
-TASKS = ("classification", "multilabel", "regression")
+TASKS = ("classification", "multilabel", "regression", "causal-lm")
+#: Kinds whose answers are texts: they have no labels, and no head of their own.
+ANSWER_TASKS = ("causal-lm",)
+#: Tokens that a prompt and its answer need at least.
+LEAST_LENGTH = 8
 ALL_LINEAR = "all-linear"
 
 Scalar = str | int | float | bool
@@ -89,7 +93,31 @@ class TaskConfig(Section):
     )
     max_length: int = option(128, "tokens after which a text is cut", minimum=1)
     share_counts: bool = option(
-        False, "sites send per-class counts so that totals of macro-F1 and MCC are exact; reveals class frequencies"
+        False,
+        "sites send the sums that metrics are made of, so that totals are exact; for classes they reveal frequencies",
+    )
+    prompt_format: str = option(
+        "plain",
+        "answers: prompt-template and then the completion, or the tokenizer's own chat template",
+        choices=("plain", "chat"),
+    )
+    prompt_template: str = option(
+        "", "plain prompts: the text around {prompt}, which has to be in it; empty: the prompt on a line of its own"
+    )
+    multiple_choice: str = option(
+        "none",
+        "evaluation rows with options: the likeliest one is the answer, by the sum or the mean over its tokens",
+        choices=("none", "sum", "mean"),
+    )
+    generate_examples: int = option(
+        0, "evaluation rows, from the first on, that are answered by generation for exact match; 0: none", minimum=0
+    )
+    beams: int = option(1, "beams of a generation; 1: greedy", minimum=1, maximum=16)
+    max_new_tokens: int = option(32, "most tokens of a generated answer", minimum=1)
+    compare: str = option(
+        "text",
+        "exact match of the whole text but for case and white space, or of the last number in it",
+        choices=("text", "number"),
     )
 
 
@@ -153,6 +181,9 @@ class TrainConfig(Section):
         "autocast of the forward pass; auto: bfloat16 on CUDA, else none",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    gradient_checkpointing: bool = option(
+        False, "keep fewer activations in training and compute them again; needs less memory and more time"
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps; a site's own setting comes first")
     num_threads: int = option(
         0,
@@ -215,6 +246,14 @@ class DataConfig(Section):
     text_column: str = option("text", "column of the text")
     text_pair_column: str = option("", "column of a second text, if the task has one")
     label_column: str = option("label", "column of the label; several labels are separated by |")
+    prompt_column: str = option("prompt", "column of the prompt, where answers are texts")
+    completion_column: str = option("completion", "column of the answer to the prompt")
+    messages_column: str = option(
+        "", "column of a chat, a list of role and content, instead of prompt and answer; needs prompt-format = chat"
+    )
+    options_column: str = option(
+        "options", "column of the possible answers, a list or separated by |; rows may lack it"
+    )
 
 
 @dataclass(frozen=True)
@@ -257,6 +296,25 @@ class RunConfig(Section):
                 got=f"quorum {self.rounds.quorum}, min-sites {self.rounds.min_sites}",
                 expected="rounds.quorum <= rounds.min-sites",
                 remedy="raise rounds.min-sites; for a run with one site set both to 1",
+            )
+        is_headless = self.task.kind in ANSWER_TASKS and not self.giva.modules_to_save
+        if is_headless and (self.method == "head" or self.rounds.head_rounds):
+            raise ConfigError(
+                f"a {self.task.kind} task has no head of its own to train",
+                got=f"method {self.method}, {self.rounds.head_rounds} head rounds",
+                remedy="set rounds.head-rounds = 0 and another method",
+            )
+        if self.task.kind in ANSWER_TASKS and self.task.max_length < LEAST_LENGTH:
+            raise ConfigError(
+                "task.max-length leaves no room for prompt and answer",
+                got=self.task.max_length,
+                expected=f"at least {LEAST_LENGTH}",
+            )
+        if self.task.prompt_template and "{prompt}" not in self.task.prompt_template:
+            raise ConfigError(
+                "task.prompt-template has no place for the prompt",
+                got=repr(self.task.prompt_template),
+                expected="a text with {prompt} in it",
             )
         if len(set(self.task.labels)) != len(self.task.labels):
             raise ConfigError(

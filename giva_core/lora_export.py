@@ -26,14 +26,19 @@ from .aggregate import RESIDUAL, coefficients
 from .bank_files import new_folder
 from .checkpoint import Adapter, load_adapter
 from .errors import CheckpointError
-from .model_card import lora_card
+from .model_card import is_plain_model, lora_card
 from .paths import expand
 from .types import Arrays
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 #: PEFT's name of the task, by `task.kind`, for models with transformers' own head; PEFT does not need one.
-TASK_TYPES = {"classification": "SEQ_CLS", "multilabel": "SEQ_CLS", "regression": "SEQ_CLS"}
+TASK_TYPES = {
+    "classification": "SEQ_CLS",
+    "multilabel": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "causal-lm": "CAUSAL_LM",
+}
 
 #: Architectures whose layers are transformers' `Conv1D`: their weight is `(d_in, d_out)`.
 CONV1D_MODELS = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
@@ -130,7 +135,7 @@ def _settings(adapter: Adapter, ranks: dict[str, int], modules: list[str], fan_i
     others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
     return {
         "peft_type": "LORA",
-        "task_type": TASK_TYPES.get(config.task.kind) if config.task.head == "native" else None,
+        "task_type": TASK_TYPES.get(config.task.kind) if is_plain_model(config.task) else None,
         "base_model_name_or_path": config.model.path,
         "revision": config.model.revision or None,
         "inference_mode": True,

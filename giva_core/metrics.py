@@ -9,8 +9,11 @@ and Pearson's r are not. They come from counts where sites share them; else thei
 | classification | accuracy, macro_f1, mcc | tp, predicted, actual `(C,)` |
 | multilabel | micro_f1, macro_f1, subset_accuracy | tp, predicted, actual `(C,)`, exact, examples `(1,)` |
 | regression | pearson, mse | moments `(6,)`: n, mean x, mean y, Σ(x−x̄)², Σ(y−ȳ)², Σ(x−x̄)(y−ȳ) |
+| causal-lm | perplexity, token_accuracy, exact_match, choice_accuracy | answers `(8,)`, sums over examples: `ANSWERS` |
 
-Macro-F1 is over the classes that occur in labels or outputs; for `multilabel` over all C labels.
+Macro-F1 is over the classes that occur in labels or outputs; for `multilabel` over all C labels. Perplexity is `exp` of
+the mean −log p over answer tokens. `exact_match` is over the answers that were generated, `choice_accuracy` over the
+examples with options; where there are none, the metric is not there either.
 """
 
 from __future__ import annotations
@@ -23,22 +26,50 @@ import numpy as np
 from .errors import DataError, NumericsError, UpdateError
 from .types import SiteEvaluation
 
+_LARGEST_LOG = 700.0  # a perplexity beyond it is no number of 64 bits
+
 Counts = Mapping[str, np.ndarray]
 
 #: Metrics whose example-weighted mean over sites is the value over all examples.
 MEANS = frozenset({"accuracy", "subset_accuracy", "mse"})
 
-_KEYS = {
-    "classification": {"tp", "predicted", "actual"},
-    "multilabel": {"tp", "predicted", "actual", "exact", "examples"},
-    "regression": {"moments"},
+#: What is summed of texts that are answers, in this order: the outputs of `giva_core.models.answers` behind a count.
+ANSWERS = ("examples", "minus_log_p", "tokens", "right_tokens", "matched", "generated", "chosen", "choices")
+
+#: What each kind's metrics are made of, and their names, the main one first.
+_FAMILY = {
+    "classification": "classes",
+    "multilabel": "sets",
+    "regression": "numbers",
+    "causal-lm": "answers",
 }
-_MAIN = {"classification": "accuracy", "multilabel": "micro_f1", "regression": "pearson"}
+_KEYS = {
+    "classes": {"tp", "predicted", "actual"},
+    "sets": {"tp", "predicted", "actual", "exact", "examples"},
+    "numbers": {"moments"},
+    "answers": {"answers"},
+}
+_NAMES = {
+    "classes": ("accuracy", "macro_f1", "mcc"),
+    "sets": ("micro_f1", "macro_f1", "subset_accuracy"),
+    "numbers": ("pearson", "mse"),
+    "answers": ("token_accuracy", "perplexity", "exact_match", "choice_accuracy"),
+}
+
+
+def family(kind: str) -> str:
+    """What the metrics of a kind of task are made of: `classes`, `sets`, `numbers` or `answers`."""
+    return _FAMILY[kind]
+
+
+def metric_names(kind: str) -> tuple[str, ...]:
+    """Every metric of a kind of task, the main one first."""
+    return _NAMES[_FAMILY[kind]]
 
 
 def main_metric(kind: str) -> str:
     """The metric by which sites of this kind of task are compared; more is better."""
-    return _MAIN[kind]
+    return metric_names(kind)[0]
 
 
 # -- one site ---------------------------------------------------------------------------------------------------------
@@ -48,9 +79,10 @@ def site_metrics(kind: str, outputs: np.ndarray, labels: np.ndarray) -> tuple[di
     """Metrics and counts of one site's outputs.
 
     Args:
-        kind: `classification`, `multilabel` or `regression`.
-        outputs: Logits `(n, C)`; for regression `(n,)` or `(n, 1)`.
-        labels: Class indices `(n,)`; zeros and ones `(n, C)`; or numbers `(n,)`.
+        kind: A kind of task.
+        outputs: Logits `(n, C)`; for regression `(n,)` or `(n, 1)`; for answers `(n, 7)`, `ANSWERS`
+            without the first.
+        labels: Class indices `(n,)`; zeros and ones `(n, C)`; or numbers `(n,)`. Answers are judged already.
 
     Returns:
         Metric by name, empty for n = 0, and the counts of the table above.
@@ -64,10 +96,12 @@ def site_metrics(kind: str, outputs: np.ndarray, labels: np.ndarray) -> tuple[di
         raise NumericsError(
             "the model's outputs are not finite", cause="training diverged", public="outputs are not finite"
         )
-    if kind == "classification":
+    if _FAMILY[kind] == "classes":
         counts = classification_counts(outputs, labels, outputs.shape[-1])
-    elif kind == "multilabel":
+    elif _FAMILY[kind] == "sets":
         counts = multilabel_counts(outputs, labels)
+    elif _FAMILY[kind] == "answers":
+        counts = answer_sums(outputs)
     else:
         counts = regression_moments(outputs.reshape(-1), labels)
     return (from_counts(kind, counts) if len(labels) else {}), counts
@@ -122,12 +156,31 @@ def regression_moments(outputs: np.ndarray, labels: np.ndarray) -> dict[str, np.
     return {"moments": np.array([len(x), x.mean(), y.mean(), dx @ dx, dy @ dy, dx @ dy])}
 
 
+def answer_sums(outputs: np.ndarray) -> dict[str, np.ndarray]:
+    """Sums over answers, float64 `(8,)`, in the order of `ANSWERS`.
+
+    Args:
+        outputs: `(n, 7)`.
+    """
+    return {"answers": np.array([len(outputs), *outputs.astype(np.float64).sum(0)])}
+
+
+def without_few(kind: str, counts: Counts, least: int) -> dict[str, np.ndarray]:
+    """The counts without what fewer than `least` examples stand behind: generations, and choices between options."""
+    kept = {key: value.copy() for key, value in counts.items()}
+    if _FAMILY[kind] == "answers":
+        for of, among in (("matched", "generated"), ("chosen", "choices")):
+            if kept["answers"][ANSWERS.index(among)] < least:
+                kept["answers"][[ANSWERS.index(of), ANSWERS.index(among)]] = 0.0
+    return kept
+
+
 # -- counts to metrics ------------------------------------------------------------------------------------------------
 
 
 def from_counts(kind: str, counts: Counts) -> dict[str, float]:
     """All metrics of a kind of task from its counts."""
-    return _FROM_COUNTS[kind](counts)
+    return _FROM_COUNTS[_FAMILY[kind]](counts)
 
 
 def _classification(counts: Counts) -> dict[str, float]:
@@ -159,10 +212,24 @@ def _regression(counts: Counts) -> dict[str, float]:
     }
 
 
+def _answers(counts: Counts) -> dict[str, float]:
+    sums = dict(zip(ANSWERS, counts["answers"].astype(np.float64).tolist(), strict=True))
+    found = {
+        "token_accuracy": _ratio(sums["right_tokens"], sums["tokens"]),
+        "perplexity": math.exp(min(_ratio(sums["minus_log_p"], sums["tokens"]), _LARGEST_LOG)),
+    }
+    if sums["generated"]:
+        found["exact_match"] = _ratio(sums["matched"], sums["generated"])
+    if sums["choices"]:
+        found["choice_accuracy"] = _ratio(sums["chosen"], sums["choices"])
+    return found
+
+
 _FROM_COUNTS: dict[str, Callable[[Counts], dict[str, float]]] = {
-    "classification": _classification,
-    "multilabel": _multilabel,
-    "regression": _regression,
+    "classes": _classification,
+    "sets": _multilabel,
+    "numbers": _regression,
+    "answers": _answers,
 }
 
 
@@ -212,7 +279,7 @@ def _combined(kind: str, sites: Sequence[SiteEvaluation]) -> dict[str, np.ndarra
     """Counts of all examples. Moments: Chan, Golub & LeVeque 1983, doi:10.1080/00031305.1983.10483115, for k parts."""
     shapes = {key: value.shape for key, value in sites[0].counts.items()}
     for site in sites:
-        if shapes.keys() != _KEYS[kind] or {key: value.shape for key, value in site.counts.items()} != shapes:
+        if shapes.keys() != _KEYS[_FAMILY[kind]] or {key: value.shape for key, value in site.counts.items()} != shapes:
             raise UpdateError(
                 "the sites' counts do not have the same form", cause="sites of different versions or labels"
             )
@@ -220,7 +287,7 @@ def _combined(kind: str, sites: Sequence[SiteEvaluation]) -> dict[str, np.ndarra
             raise UpdateError(
                 "a site's counts do not add up", got=f"{_examples(site.counts):g} examples", expected=site.num_examples
             )
-    if kind != "regression":
+    if _FAMILY[kind] != "numbers":
         return {key: np.sum([site.counts[key] for site in sites], axis=0) for key in shapes}
     n, x, y, xx, yy, xy = np.stack([site.counts["moments"] for site in sites]).astype(np.float64).T
     total = math.fsum(n)
@@ -233,6 +300,7 @@ def _combined(kind: str, sites: Sequence[SiteEvaluation]) -> dict[str, np.ndarra
 
 
 def _examples(counts: Counts) -> float:
-    if "moments" in counts:
-        return float(counts["moments"][0])
+    for key in ("moments", "answers"):
+        if key in counts:
+            return float(counts[key][0])
     return float(counts.get("examples", counts["actual"]).sum())

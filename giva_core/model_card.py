@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from .checkpoint import Adapter
-from .config import RunConfig
+from .config import ANSWER_TASKS, RunConfig, TaskConfig
+
+#: The Hub's name of the task, and transformers' class for models with its own head, by `task.kind`.
+_PIPELINES = {"causal-lm": "text-generation"}
+_CLASSES = {"causal-lm": "AutoModelForCausalLM"}
+
+
+def is_plain_model(task: TaskConfig) -> bool:
+    """Whether the trained model is of a class that transformers has, and not one of this project's."""
+    return task.head == "native" or task.kind in ANSWER_TASKS
 
 
 def merged_card(adapter: Adapter, base_digest: str) -> str:
@@ -37,17 +46,26 @@ def _card(adapter: Adapter, digest: str, library: str, form: str, about: tuple[s
     base = config.model.path
     facts = [
         ("Base model", f"{base} (SHA-256 of the model below the head {digest or 'not known'})"),
-        ("Task", f"{config.task.kind}, {max(1, len(config.task.labels))} outputs, head `{config.task.head}`"),
+        ("Task", _task(config.task)),
         ("Method", _method(config, len(known.schema.layers))),
         ("Texts cut after", f"{config.task.max_length} tokens"),
         ("Trained with", ", ".join(f"{name} {version}" for name, version in known.versions.items())),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in facts)
-    tags = f"tags: [federated-learning, fedgiva]\nlibrary_name: {library}\npipeline_tag: text-classification"
+    pipeline = _PIPELINES.get(config.task.kind, "text-classification")
+    tags = f"tags: [federated-learning, fedgiva]\nlibrary_name: {library}\npipeline_tag: {pipeline}"
     return (
         f"---\n{tags}\n---\n\n# {config.name or base}, {form}\n\n{about[0]}\n\n"
         f"| | |\n|---|---|\n{table}\n\n## Use\n\n{usage}\n\n## Licence and limits\n\n{about[1]}\n"
     )
+
+
+def _task(task: TaskConfig) -> str:
+    if task.kind in ANSWER_TASKS:
+        return f"{task.kind}, {task.prompt_format} prompts" + (
+            f" `{task.prompt_template!r}`" * bool(task.prompt_template)
+        )
+    return f"{task.kind}, {max(1, len(task.labels))} outputs, head `{task.head}`"
 
 
 def _method(config: RunConfig, layers: int) -> str:
@@ -62,8 +80,8 @@ def _method(config: RunConfig, layers: int) -> str:
 
 
 def _merged_usage(config: RunConfig) -> str:
-    if config.task.head == "native":
-        name, note = "AutoModelForSequenceClassification", ""
+    if is_plain_model(config.task):
+        name, note = _CLASSES.get(config.task.kind, "AutoModelForSequenceClassification"), ""
         imports = f"from transformers import {name}, AutoTokenizer"
     else:
         name = "MeanPoolingClassifier"
@@ -78,9 +96,15 @@ def _merged_usage(config: RunConfig) -> str:
 
 def _lora_usage(adapter: Adapter) -> str:
     config = adapter.metadata.config
-    name = "AutoModelForSequenceClassification" if config.task.head == "native" else "MeanPoolingClassifier"
+    kind = config.task.kind
+    is_plain = is_plain_model(config.task)
+    name = _CLASSES.get(kind, "AutoModelForSequenceClassification") if is_plain else "MeanPoolingClassifier"
+    if kind in ANSWER_TASKS:
+        load = f'base = {name}.from_pretrained("{config.model.path}")  # the base model'
+        use = f"from peft import PeftModel\nfrom transformers import {name}\n\n{load}"
+        return f'```python\n{use}\nmodel = PeftModel.from_pretrained(base, "this-folder")\n```'
     imports = ["from peft import PeftModel", "from transformers import AutoConfig"]
-    if config.task.head == "native":
+    if is_plain:
         imports[1] += f", {name}"
     else:
         imports.insert(0, f"from giva_core.models import {name}")

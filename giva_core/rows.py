@@ -20,4 +20,22 @@ class TextRow(_Hidden):
     pair: str | None = None
 
 
-Row = TextRow
+@dataclass(frozen=True, repr=False, slots=True)
+class Dialogue(_Hidden):
+    """A chat that ends with the answer to be learned; a prompt and its completion are the shortest one.
+
+    Attributes:
+        turns: Role (`system`, `user`, `assistant`) and content of each message; the last is the assistant's.
+        options: The possible answers, the right one among them; empty where there is no choice.
+    """
+
+    turns: tuple[tuple[str, str], ...]
+    options: tuple[str, ...] = ()
+
+    @property
+    def answer(self) -> str:
+        """The content of the last message."""
+        return self.turns[-1][1]
+
+
+Row = TextRow | Dialogue

@@ -10,13 +10,15 @@ import numpy as np
 
 from giva_core.config import GivaConfig, TaskConfig
 from giva_core.errors import UpdateError
-from giva_core.metrics import from_counts, site_metrics
+from giva_core.metrics import ANSWERS, family, metric_names, site_metrics
 from giva_core.protocol import Hello
 from giva_core.types import Arrays, ClientUpdate, SiteEvaluation
 
 _LARGEST_LOSS = float(np.finfo(np.float32).max)
 #: Outputs and labels are float32, so no sum of their squares over a site's examples comes near this.
 _LARGEST_MOMENT = 1e100
+#: Where a metric can lie, if not between -1 and 1.
+_RANGES = {"mse": (0.0, math.inf), "perplexity": (1.0, math.inf)}
 
 
 def check_update(update: ClientUpdate, hello: Hello, start: Arrays, bases_digest: str, max_norm: float) -> None:
@@ -91,7 +93,7 @@ def check_evaluation(evaluation: SiteEvaluation, hello: Hello, task: TaskConfig)
             "the evaluation's metrics are not those of the task", got=sorted(evaluation.metrics), expected=sorted(names)
         )
     for name, value in evaluation.metrics.items():
-        low, high = (0.0, math.inf) if name == "mse" else (-1.0, 1.0)
+        low, high = _RANGES.get(name, (-1.0, 1.0))
         if not (math.isfinite(value) and low <= value <= high):
             raise UpdateError(f"the metric '{name}' cannot be", got=value, expected=f"{low:g} to {high:g}")
     if not evaluation.counts:
@@ -101,19 +103,24 @@ def check_evaluation(evaluation: SiteEvaluation, hello: Hello, task: TaskConfig)
     found = {name: array.shape for name, array in evaluation.counts.items()}
     if found != shapes:
         raise UpdateError("the evaluation's counts do not have the form of the task", got=found, expected=shapes)
-    if task.kind == "regression":
-        _check_moments(evaluation.counts["moments"], n)
-    else:
-        _check_class_counts(evaluation.counts, n, task.kind == "classification")
+    match family(task.kind):
+        case "numbers":
+            _check_moments(evaluation.counts["moments"], n)
+        case "answers":
+            _check_answers(evaluation.counts["answers"], n)
+        case found_family:
+            _check_class_counts(evaluation.counts, n, found_family == "classes")
 
 
 @cache
 def _form(kind: str, num_labels: int) -> tuple[frozenset[str], dict[str, tuple[int, ...]]]:
     """Names of the kind's metrics, and shape by name of its counts: those of a site without examples."""
-    outputs = np.zeros(0) if kind == "regression" else np.zeros((0, num_labels))
-    labels = np.zeros(0, np.int64) if kind == "classification" else outputs
+    made_of = family(kind)
+    width = {"numbers": 1, "answers": len(ANSWERS) - 1}.get(made_of, num_labels)
+    outputs = np.zeros((0, width))
+    labels = outputs if made_of == "sets" else np.zeros(0, np.int64)
     counts = site_metrics(kind, outputs, labels)[1]
-    return frozenset(from_counts(kind, counts)), {name: array.shape for name, array in counts.items()}
+    return frozenset(metric_names(kind)), {name: array.shape for name, array in counts.items()}
 
 
 def _check_class_counts(counts: Mapping[str, np.ndarray], n: int, is_one_class_each: bool) -> None:
@@ -137,6 +144,17 @@ def _check_moments(moments: np.ndarray, n: int) -> None:
         raise UpdateError("the evaluation's counts do not add up", got=float(moments[0]), expected=n)
     if moments[3] < 0 or moments[4] < 0:
         raise UpdateError("the evaluation's moments cannot be", cause="a sum of squares below 0")
+
+
+def _check_answers(sums: np.ndarray, n: int) -> None:
+    if sums.dtype.kind != "f" or not np.all((sums >= 0) & (sums <= _LARGEST_MOMENT)):
+        raise UpdateError("the evaluation's sums cannot be", expected=f"floats from 0 to {_LARGEST_MOMENT:g}")
+    of = dict(zip(ANSWERS, sums.tolist(), strict=True))
+    if of["examples"] != n:
+        raise UpdateError("the evaluation's counts do not add up", got=of["examples"], expected=n)
+    bounds = (("right_tokens", of["tokens"]), ("matched", of["generated"]), ("chosen", of["choices"]))
+    if any(of[name] > most for name, most in (*bounds, ("generated", n), ("choices", n))) or of["tokens"] < n:
+        raise UpdateError("the evaluation's sums cannot be", cause="more right answers than answers or examples")
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------

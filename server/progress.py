@@ -6,6 +6,7 @@ from giva_core.config import RunConfig
 from giva_core.metrics import main_metric
 from giva_core.types import RoundRecord
 
+_ALSO = ("perplexity", "mean_site_perplexity", "exact_match", "choice_accuracy")
 _VERBS = {"hello": "sites joined", "calibrate": "calibration pass", "bases": "bases agreed"}
 
 
@@ -37,7 +38,7 @@ def describe(record: RoundRecord, config: RunConfig) -> str:
 
 def _evaluation(record: RoundRecord, config: RunConfig) -> list[str]:
     main = main_metric(config.task.kind)
-    names = (main, f"mean_site_{main}", f"worst_{main}", "macro_f1")
+    names = (main, f"mean_site_{main}", f"worst_{main}", "macro_f1", *_ALSO)
     found = [f"{name.replace('_', ' ')} {record.metrics[name]:.4f}" for name in names if name in record.metrics]
     return [f"eval loss {record.eval_loss:.4f}", *found]
 

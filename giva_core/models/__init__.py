@@ -5,6 +5,7 @@ A kind of task is one module: it loads the model, makes numbers of examples, and
 | `task.kind` | module | examples | outputs |
 |---|---|---|---|
 | `classification`, `multilabel`, `regression` | `classification` | `TextRow` | logits `(n, C)` |
+| `causal-lm` | `causal_lm` | `Dialogue` | −log p, tokens, right tokens `(n, 3)` |
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ KINDS = {
     "classification": "classification",
     "multilabel": "classification",
     "regression": "classification",
+    "causal-lm": "causal_lm",
 }
 
 

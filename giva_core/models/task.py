@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..config import TaskConfig
+from ..errors import ConfigError
 from .loading import quiet
 
 Encoded = dict[str, Any]
@@ -122,6 +123,30 @@ class TaskModel:
         with quiet():
             self.model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
             self.processor.save_pretrained(folder)
+
+    def checkpoint_activations(self, on: bool) -> None:
+        """In training keep the input of each block only, and compute the rest again for the gradient.
+
+        Raises:
+            ConfigError: The architecture has no blocks that can do so.
+        """
+        network: Any = self.model
+        if on == any(getattr(module, "gradient_checkpointing", False) for module in network.modules()):
+            return
+        if on and not network.supports_gradient_checkpointing:
+            raise ConfigError(
+                "the model has no gradient checkpointing",
+                got=type(network).__name__,
+                remedy="set train.gradient-checkpointing = false",
+            )
+        # the name that transformers 5 began with, and its successor
+        prefix = "activation" if hasattr(network, "activation_checkpointing_enable") else "gradient"
+        if on:  # the reentrant form would cut the graph behind frozen layers
+            getattr(network, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+            # the other form needs a gradient at the inputs, which would keep what frozen layers have no use for
+            network.disable_input_require_grads()
+        else:
+            getattr(network, f"{prefix}_checkpointing_disable")()
 
     @cached_property
     def _digest(self) -> str:

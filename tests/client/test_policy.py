@@ -5,13 +5,12 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-import numpy as np
 import pytest
 
 from client.policy import METRICS, Policy, PolicyError
 from giva_core.config import TASKS, RunConfig
 from giva_core.errors import DataError, ProtocolError, public_reason
-from giva_core.metrics import site_metrics
+from giva_core.metrics import metric_names
 from giva_core.types import LayerShape, ModelSchema
 
 
@@ -90,14 +89,8 @@ def test_hours(hours: str, opened: list[str], closed: list[str]) -> None:
 
 def test_metrics_that_may_leave() -> None:
     assert Policy(metrics=("mcc",)).released({"accuracy": 0.5, "mcc": 0.1}) == {"mcc": 0.1}
-    every = {name for kind in TASKS for name in metrics_of(kind)}
+    every = {name for kind in TASKS for name in metric_names(kind)}
     assert every == set(METRICS) and Policy().released(dict.fromkeys(every, 0.0)).keys() == every
-
-
-def metrics_of(kind: str) -> set[str]:
-    outputs = np.zeros(3) if kind == "regression" else np.zeros((3, 2))
-    labels = np.zeros(3, np.int64) if kind == "classification" else outputs
-    return set(site_metrics(kind, outputs, labels)[0])
 
 
 @pytest.mark.parametrize(

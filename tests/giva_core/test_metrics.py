@@ -5,7 +5,7 @@ import pytest
 import sklearn.metrics as reference
 
 from giva_core.errors import DataError, NumericsError, UpdateError
-from giva_core.metrics import classification_counts, from_counts, main_metric, site_metrics, total_metrics
+from giva_core.metrics import classification_counts, from_counts, main_metric, site_metrics, total_metrics, without_few
 from giva_core.types import SiteEvaluation
 
 SIZES = (23, 7, 41)
@@ -155,3 +155,43 @@ def test_counts_that_do_not_fit_are_refused():
         total_metrics("classification", [SiteEvaluation(SIZES[0] + 1, 0.0, sites[0].metrics, sites[0].counts)])
     with pytest.raises(UpdateError, match="same form"):
         total_metrics("regression", sites)
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+#: −log p, tokens, right tokens; matched, generated; chosen rightly, had a choice.
+JUDGED = np.array([[2.0, 4, 1, 1, 1, 0, 0], [1.0, 1, 1, 0, 1, 1, 1], [5.0, 3, 0, 0, 0, 0, 1]])
+
+
+def test_answers_are_counted_by_token_and_by_example():
+    values, counts = site_metrics("causal-lm", JUDGED, np.full(3, -1))
+    assert values == pytest.approx(
+        {"token_accuracy": 2 / 8, "perplexity": np.e, "exact_match": 1 / 2, "choice_accuracy": 1 / 2}
+    )
+    np.testing.assert_array_equal(counts["answers"], [3, 8, 8, 2, 1, 2, 1, 2])
+    plain, _ = site_metrics("causal-lm", JUDGED * [1, 1, 1, 0, 0, 0, 0], np.full(3, -1))
+    assert plain.keys() == {"token_accuracy", "perplexity"}
+    assert site_metrics("causal-lm", JUDGED[:0], np.zeros(0))[0] == {}
+
+
+def test_answers_of_all_sites_are_exact_from_sums_and_means_without():
+    whole, _ = site_metrics("causal-lm", JUDGED, np.full(3, -1))
+    parts = [site_metrics("causal-lm", part, np.full(len(part), -1)) for part in (JUDGED[:1], JUDGED[1:])]
+    sites = [SiteEvaluation(n, 0.5, *part) for n, part in zip((1, 2), parts, strict=True)]
+    worst = min(site.metrics["token_accuracy"] for site in sites)
+    assert total_metrics("causal-lm", sites) == pytest.approx({**whole, "worst_token_accuracy": worst})
+    silent = [SiteEvaluation(site.num_examples, 0.5, site.metrics) for site in sites]
+    assert total_metrics("causal-lm", silent).keys() == {
+        "mean_site_perplexity", "mean_site_token_accuracy", "mean_site_exact_match", "mean_site_choice_accuracy",
+        "worst_token_accuracy",
+    }  # fmt: skip
+
+
+def test_what_few_examples_stand_behind_can_be_taken_out():
+    _, counts = site_metrics("causal-lm", JUDGED, np.full(3, -1))
+    assert from_counts("causal-lm", without_few("causal-lm", counts, 2)).keys() == {
+        "token_accuracy", "perplexity", "exact_match", "choice_accuracy",
+    }  # fmt: skip
+    few = without_few("causal-lm", counts, 3)
+    assert from_counts("causal-lm", few).keys() == {"token_accuracy", "perplexity"}
+    assert counts["answers"][5] == 2  # the original is as it was

@@ -114,18 +114,22 @@ METRICS = {"accuracy": 5 / 9, "macro_f1": 0.5, "mcc": -0.2}
 EVALUATION = SiteEvaluation(9, 0.5, METRICS, COUNTS)
 MULTILABEL = TaskConfig(kind="multilabel", labels=("x", "y", "z"), share_counts=True)
 REGRESSION = TaskConfig(kind="regression", share_counts=True)
+ANSWERING = TaskConfig(kind="causal-lm", share_counts=True)
 MOMENTS = np.array([9.0, 1.0, 2.0, 3.0, 4.0, 1.5])
 
 
 def real_evaluation(kind: str) -> SiteEvaluation:
     """What a sound site sends for nine examples."""
     rng = np.random.default_rng(0)
+    if kind == "causal-lm":
+        judged = np.tile([2.5, 3, 1, 1, 1, 0, 1], (9, 1))
+        return SiteEvaluation(9, 0.5, *site_metrics(kind, judged, np.zeros(9)))
     shape = {"classification": (9, 2), "multilabel": (9, 3), "regression": (9,)}[kind]
     labels = {"classification": rng.integers(2, size=9), "multilabel": rng.integers(2, size=(9, 3))}
     return SiteEvaluation(9, 0.5, *site_metrics(kind, rng.normal(size=shape), labels.get(kind, rng.normal(size=9))))
 
 
-@pytest.mark.parametrize("task", [TASK, MULTILABEL, REGRESSION], ids=lambda task: task.kind)
+@pytest.mark.parametrize("task", [TASK, MULTILABEL, REGRESSION, ANSWERING], ids=lambda task: task.kind)
 def test_sound_evaluations_pass(task: TaskConfig) -> None:
     sound = real_evaluation(task.kind)
     check_evaluation(sound, HELLO, task)
@@ -200,3 +204,29 @@ def test_multilabel_counts_name_their_examples() -> None:
 def test_site_without_evaluation_rows_cannot_report_any() -> None:
     with pytest.raises(UpdateError, match="1 to 0"):
         check_evaluation(EVALUATION, replace(HELLO, num_eval=0), TASK)
+
+
+@pytest.mark.parametrize(
+    ("sums", "match"),
+    [
+        ([8, 9, 27, 9, 9, 9, 0, 9], "do not add up"),
+        ([9, 9, 8, 3, 9, 9, 0, 9], "sums cannot be"),
+        ([9, 9, 27, 28, 9, 9, 0, 9], "sums cannot be"),
+        ([9, 9, 27, 9, 10, 9, 0, 9], "sums cannot be"),
+        ([9, 9, 27, 9, 9, 10, 0, 9], "sums cannot be"),
+        ([9, 9, 27, 9, 9, 9, 9, 8], "sums cannot be"),
+        ([9, -1, 27, 9, 9, 9, 0, 9], "sums cannot be"),
+        ([9, float("nan"), 27, 9, 9, 9, 0, 9], "sums cannot be"),
+        ([9, 9], "do not have the form"),
+    ],
+)
+def test_sums_of_answers_that_cannot_be_are_refused(sums: list[float], match: str) -> None:
+    evaluation = replace(real_evaluation("causal-lm"), counts={"answers": np.array(sums, np.float64)})
+    with pytest.raises(UpdateError, match=match):
+        check_evaluation(evaluation, HELLO, ANSWERING)
+
+
+def test_a_perplexity_below_one_is_refused() -> None:
+    sound = real_evaluation("causal-lm")
+    with pytest.raises(UpdateError, match="metric 'perplexity' cannot be"):
+        check_evaluation(replace(sound, metrics={**sound.metrics, "perplexity": 0.5}), HELLO, ANSWERING)
