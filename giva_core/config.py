@@ -24,9 +24,9 @@ from .paths import expand
 METHODS = ("giva", "lora", "head")
 INITS = ("rand", "topsv", "secsv", "rowalign")
 MODES = ("fedavg", "alternate", "exact")
-TASKS = ("classification", "multilabel", "regression", "causal-lm")
+TASKS = ("classification", "multilabel", "regression", "causal-lm", "seq2seq")
 #: Kinds whose answers are texts: they have no labels, and no head of their own.
-ANSWER_TASKS = ("causal-lm",)
+ANSWER_TASKS = ("causal-lm", "seq2seq")
 #: Tokens that a prompt and its answer need at least.
 LEAST_LENGTH = 8
 ALL_LINEAR = "all-linear"
@@ -309,6 +309,13 @@ class RunConfig(Section):
                 "task.max-length leaves no room for prompt and answer",
                 got=self.task.max_length,
                 expected=f"at least {LEAST_LENGTH}",
+            )
+        if self.task.kind == "seq2seq" and self.task.prompt_format == "chat":
+            raise ConfigError(
+                "task.kind = seq2seq reads plain prompts",
+                got="task.prompt-format = chat",
+                expected="plain",
+                remedy="use task.kind = causal-lm for chats",
             )
         if self.task.prompt_template and "{prompt}" not in self.task.prompt_template:
             raise ConfigError(

@@ -38,6 +38,7 @@ TASK_TYPES = {
     "multilabel": "SEQ_CLS",
     "regression": "SEQ_CLS",
     "causal-lm": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
 }
 
 #: Architectures whose layers are transformers' `Conv1D`: their weight is `(d_in, d_out)`.

@@ -9,7 +9,7 @@ and Pearson's r are not. They come from counts where sites share them; else thei
 | classification | accuracy, macro_f1, mcc | tp, predicted, actual `(C,)` |
 | multilabel | micro_f1, macro_f1, subset_accuracy | tp, predicted, actual `(C,)`, exact, examples `(1,)` |
 | regression | pearson, mse | moments `(6,)`: n, mean x, mean y, Σ(x−x̄)², Σ(y−ȳ)², Σ(x−x̄)(y−ȳ) |
-| causal-lm | perplexity, token_accuracy, exact_match, choice_accuracy | answers `(8,)`, sums over examples: `ANSWERS` |
+| causal-lm, seq2seq | perplexity, token_accuracy, exact_match, choice_accuracy | answers `(8,)`, sums: `ANSWERS` |
 
 Macro-F1 is over the classes that occur in labels or outputs; for `multilabel` over all C labels. Perplexity is `exp` of
 the mean −log p over answer tokens. `exact_match` is over the answers that were generated, `choice_accuracy` over the
@@ -42,6 +42,7 @@ _FAMILY = {
     "multilabel": "sets",
     "regression": "numbers",
     "causal-lm": "answers",
+    "seq2seq": "answers",
 }
 _KEYS = {
     "classes": {"tp", "predicted", "actual"},

@@ -6,8 +6,8 @@ from .checkpoint import Adapter
 from .config import ANSWER_TASKS, RunConfig, TaskConfig
 
 #: The Hub's name of the task, and transformers' class for models with its own head, by `task.kind`.
-_PIPELINES = {"causal-lm": "text-generation"}
-_CLASSES = {"causal-lm": "AutoModelForCausalLM"}
+_PIPELINES = {"causal-lm": "text-generation", "seq2seq": "text2text-generation"}
+_CLASSES = {"causal-lm": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
 
 
 def is_plain_model(task: TaskConfig) -> bool:

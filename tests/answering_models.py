@@ -73,6 +73,19 @@ def write_decoder(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
     return folder
 
 
+def write_t5(folder: Path, seed: int = 0) -> Path:
+    """A folder with a tiny encoder and decoder."""
+    write_tokenizer(folder, chat=False)
+    torch.manual_seed(seed)
+    settings = transformers.T5Config(
+        **{"vocab_size": len(TOKENS), "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2},
+        **{"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0, "dropout_rate": 0.0},
+        initializer_factor=2.0,
+    )
+    transformers.T5ForConditionalGeneration(settings).save_pretrained(folder)
+    return folder
+
+
 def write_rows(path: Path, count: int, seed: int = 0, options: bool = False, chat: bool = False) -> Path:
     """Prompts of letters with the answer `yes` where there are early letters, else `no`."""
     rng = random.Random(seed)

@@ -6,6 +6,7 @@ A kind of task is one module: it loads the model, makes numbers of examples, and
 |---|---|---|---|
 | `classification`, `multilabel`, `regression` | `classification` | `TextRow` | logits `(n, C)` |
 | `causal-lm` | `causal_lm` | `Dialogue` | −log p, tokens, right tokens `(n, 3)` |
+| `seq2seq` | `seq2seq` | `Dialogue` | the same |
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ KINDS = {
     "multilabel": "classification",
     "regression": "classification",
     "causal-lm": "causal_lm",
+    "seq2seq": "seq2seq",
 }
 
 
