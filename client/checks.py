@@ -95,7 +95,7 @@ def _count_rows(path: Path, data: DataConfig) -> int:
     columns: list[str] = []
     count = 0
     try:
-        for line, row in open_rows(path, [], optional=every):
+        for line, row in open_rows(path, [], optional=every, image_columns=(data.image_column, data.label_column)):
             if isinstance(row, str):
                 raise DataError(f"{path} has a row that cannot be read", got=f"line {line}: {row}")
             columns = columns or next((found for found in known if row.keys() >= set(found)), known[0])

@@ -49,6 +49,7 @@ class Examples:
 
 def read_rows(path: str | Path, task: TaskConfig, data: DataConfig) -> Examples:
     """Read the examples of one file; its ending tells the format: `.jsonl`, `.csv` (with a header) or `.parquet`.
+    Images may also lie in a folder, in a sub-folder for each label.
 
     UTF-8 with or without a byte order mark, lines ended by LF or CRLF; blank lines are no rows. Rows are read one by
     one, and all of them are checked before an error is raised.
@@ -71,9 +72,9 @@ def read_rows(path: str | Path, task: TaskConfig, data: DataConfig) -> Examples:
     examples: list[Row] = []
     labels: list[Any] = []
     columns: dict[str, None] = {}
-    faults = _Faults("row" if path.suffix.lower() == ".parquet" else "line")
+    faults = _Faults({".parquet": "row", "": "image"}.get(path.suffix.lower(), "line"))
     try:
-        for line, row in open_rows(path, parser.needed, parser.settings, parser.optional):
+        for line, row in open_rows(path, parser.needed, parser.settings, parser.optional, parser.image_columns):
             try:
                 if isinstance(row, str):
                     raise BadRow(row)

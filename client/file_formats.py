@@ -1,4 +1,7 @@
-"""Files of rows: JSON Lines, CSV, Parquet. Each row comes as columns, or as the kind of the fault that spoils it."""
+"""Files of rows: JSON Lines, CSV, Parquet, and folders of images.
+
+Each row comes as columns, or as the kind of the fault that spoils it.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,9 @@ SHOWN_COLUMNS = 20
 #: What an error says to look at where columns are missing, unless it knows better.
 SETTINGS = "the columns under [data]"
 
+#: Endings of the files in a folder of images.
+IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
 _UTF8_BOM = b"\xef\xbb\xbf"
 
 #: The line on which a row starts, and the row by column, or the kind of the fault that makes it unreadable.
@@ -23,7 +29,11 @@ FoundRow = tuple[int, Mapping[str, Any] | str]
 
 
 def open_rows(
-    path: Path, needed: list[str], settings: str = SETTINGS, optional: Sequence[str] = ()
+    path: Path,
+    needed: list[str],
+    settings: str = SETTINGS,
+    optional: Sequence[str] = (),
+    image_columns: tuple[str, str] | None = None,
 ) -> Iterator[FoundRow]:
     """The rows of a file, one by one; its ending tells the format. Opening it may fail at the first row.
 
@@ -32,11 +42,15 @@ def open_rows(
         needed: Columns that have to be there, where the format knows columns.
         settings: The settings that name them.
         optional: Columns that are read where they are there.
+        image_columns: What the image and the label of a file in a folder of images are called; None where rows are
+            not images.
 
     Raises:
         DataError: The format is not known, or the file is not of it.
         DependencyError: Parquet is asked for and pyarrow is not installed.
     """
+    if image_columns and path.is_dir():
+        return _read_images(path, *image_columns)
     match path.suffix.lower():
         case ".jsonl":
             return _read_jsonl(path)
@@ -140,6 +154,15 @@ def _read_parquet(path: Path, needed: list[str], settings: str, optional: Sequen
                 remedy="write it again",
                 public="the data file is not readable Parquet",
             ) from None
+
+
+def _read_images(path: Path, image: str, label: str) -> Iterator[FoundRow]:
+    """The files of `path/LABEL/`, by label and name; hidden ones are none."""
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    files = (file for folder in folders for file in sorted(folder.iterdir()) if not file.name.startswith("."))
+    for number, file in enumerate(files, start=1):
+        is_image = file.is_file() and file.suffix.lower() in IMAGE_ENDINGS
+        yield number, {image: file.read_bytes(), label: file.parent.name} if is_image else "not an image"
 
 
 def require_columns(path: Path, needed: list[str], found: Mapping[str, None], settings: str = SETTINGS) -> None:

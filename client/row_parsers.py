@@ -16,7 +16,7 @@ import numpy as np
 
 from giva_core.config import ANSWER_TASKS, DataConfig, TaskConfig
 from giva_core.errors import ConfigError
-from giva_core.rows import Dialogue, Row, TextRow
+from giva_core.rows import Dialogue, ImageRow, Row, TextRow
 
 from .file_formats import is_utf8
 
@@ -41,6 +41,7 @@ class RowParser:
         label: A row's label.
         label_type: numpy's type of the labels.
         optional: Columns that a row may have.
+        image_columns: The columns of image and label, where rows are images.
     """
 
     needed: list[str]
@@ -49,6 +50,7 @@ class RowParser:
     label: Callable[[Columns], Any]
     label_type: type
     optional: tuple[str, ...] = ()
+    image_columns: tuple[str, str] | None = None
 
 
 def row_parser(task: TaskConfig, data: DataConfig) -> RowParser:
@@ -57,7 +59,9 @@ def row_parser(task: TaskConfig, data: DataConfig) -> RowParser:
     Raises:
         ConfigError: The task has no labels, or the columns are not those of its format.
     """
-    return _answers(task, data) if task.kind in ANSWER_TASKS else _texts(task, data)
+    if task.kind in ANSWER_TASKS:
+        return _answers(task, data)
+    return _images(task, data) if task.kind == "image-classification" else _texts(task, data)
 
 
 def column_sets(data: DataConfig) -> list[list[str]]:
@@ -65,7 +69,7 @@ def column_sets(data: DataConfig) -> list[list[str]]:
     if data.messages_column:
         return [[data.messages_column]]
     texts = [column for column in (data.text_column, data.text_pair_column, data.label_column) if column]
-    return [texts, [data.prompt_column, data.completion_column]]
+    return [texts, [data.prompt_column, data.completion_column], [data.image_column, data.label_column]]
 
 
 def _texts(task: TaskConfig, data: DataConfig) -> RowParser:
@@ -139,6 +143,29 @@ def _answers(task: TaskConfig, data: DataConfig) -> RowParser:
     )
 
 
+def _images(task: TaskConfig, data: DataConfig) -> RowParser:
+    label_of = _label_parser(task)
+
+    def parse(row: Columns) -> ImageRow:
+        found = row.get(data.image_column)
+        if isinstance(found, dict):  # as Hugging Face's datasets writes an image: bytes, and the name they came from
+            found = found.get("bytes")
+        if found is None:
+            raise BadRow("image missing")
+        if not isinstance(found, bytes) or not found:
+            raise BadRow("image not the bytes of a file")
+        return ImageRow(found)
+
+    return RowParser(
+        needed=[data.image_column, data.label_column],
+        settings="data.image-column and data.label-column",
+        parse=parse,
+        label=lambda row: label_of(row, data.label_column),
+        label_type=np.int64,
+        image_columns=(data.image_column, data.label_column),
+    )
+
+
 def _turns(row: Columns, column: str) -> tuple[tuple[str, str], ...]:
     """The messages of a chat, which alternate between user and assistant after an opening by the system, if any."""
     messages = row.get(column)
@@ -194,7 +221,7 @@ def _label_parser(task: TaskConfig) -> Callable[[Columns, str], Any]:
         target[[_lookup(ids, name.strip()) for name in names if name.strip()]] = 1.0
         return target
 
-    return class_id if task.kind == "classification" else multi_hot
+    return multi_hot if task.kind == "multilabel" else class_id
 
 
 def _present(row: Columns, column: str) -> Any:

@@ -307,7 +307,11 @@ def _state_of(path: Path) -> tuple[int, ...]:
         status = path.stat()
     except OSError:
         return ()
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    own = (status.st_mtime_ns, status.st_size, status.st_ino)
+    if not path.is_dir():
+        return own
+    inside = [file.stat() for file in path.rglob("*")]  # of a folder of images
+    return (*own, len(inside), sum(found.st_size for found in inside), max((f.st_mtime_ns for f in inside), default=0))
 
 
 def get_trainer(site: SiteSettings, config: RunConfig) -> LocalTrainer:

@@ -24,7 +24,7 @@ from .paths import expand
 METHODS = ("giva", "lora", "head")
 INITS = ("rand", "topsv", "secsv", "rowalign")
 MODES = ("fedavg", "alternate", "exact")
-TASKS = ("classification", "multilabel", "regression", "causal-lm", "seq2seq")
+TASKS = ("classification", "multilabel", "regression", "causal-lm", "seq2seq", "image-classification")
 #: Kinds whose answers are texts: they have no labels, and no head of their own.
 ANSWER_TASKS = ("causal-lm", "seq2seq")
 #: Tokens that a prompt and its answer need at least.
@@ -89,7 +89,9 @@ class TaskConfig(Section):
     kind: str = option("classification", "kind of the task", choices=TASKS)
     labels: tuple[str, ...] = option((), "the labels, agreed by all sites, in the order of the outputs")
     head: str = option(
-        "mean", "mean: mean pooling, normalised, then linear; native: the model's own head", choices=("mean", "native")
+        "mean",
+        "texts: mean pooling, normalised, then linear, or the model's own head; images have the model's own",
+        choices=("mean", "native"),
     )
     max_length: int = option(128, "tokens after which a text is cut", minimum=1)
     share_counts: bool = option(
@@ -241,7 +243,9 @@ class DataConfig(Section):
 
     _prefix = "data."
     folder: str = option("", "simulation only: a folder with one sub-folder for each site")
-    train_file: str = option("train.jsonl", "training rows inside a site's folder (jsonl, csv or parquet)")
+    train_file: str = option(
+        "train.jsonl", "training rows inside a site's folder (jsonl, csv, parquet; images: or a folder)"
+    )
     eval_file: str = option("test.jsonl", "evaluation rows inside a site's folder; empty for none")
     text_column: str = option("text", "column of the text")
     text_pair_column: str = option("", "column of a second text, if the task has one")
@@ -251,6 +255,7 @@ class DataConfig(Section):
     messages_column: str = option(
         "", "column of a chat, a list of role and content, instead of prompt and answer; needs prompt-format = chat"
     )
+    image_column: str = option("image", "column of the images, as the bytes of a file")
     options_column: str = option(
         "options", "column of the possible answers, a list or separated by |; rows may lack it"
     )

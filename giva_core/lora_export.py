@@ -32,7 +32,7 @@ from .types import Arrays
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
-#: PEFT's name of the task, by `task.kind`, for models with transformers' own head; PEFT does not need one.
+#: PEFT's name of the task, by `task.kind`, for models with transformers' own head; PEFT has none for images.
 TASK_TYPES = {
     "classification": "SEQ_CLS",
     "multilabel": "SEQ_CLS",

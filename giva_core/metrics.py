@@ -6,7 +6,7 @@ and Pearson's r are not. They come from counts where sites share them; else thei
 
 | kind | metrics | counts |
 |---|---|---|
-| classification | accuracy, macro_f1, mcc | tp, predicted, actual `(C,)` |
+| classification, image-classification | accuracy, macro_f1, mcc | tp, predicted, actual `(C,)` |
 | multilabel | micro_f1, macro_f1, subset_accuracy | tp, predicted, actual `(C,)`, exact, examples `(1,)` |
 | regression | pearson, mse | moments `(6,)`: n, mean x, mean y, Σ(x−x̄)², Σ(y−ȳ)², Σ(x−x̄)(y−ȳ) |
 | causal-lm, seq2seq | perplexity, token_accuracy, exact_match, choice_accuracy | answers `(8,)`, sums: `ANSWERS` |
@@ -43,6 +43,7 @@ _FAMILY = {
     "regression": "numbers",
     "causal-lm": "answers",
     "seq2seq": "answers",
+    "image-classification": "classes",
 }
 _KEYS = {
     "classes": {"tp", "predicted", "actual"},

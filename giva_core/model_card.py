@@ -6,13 +6,21 @@ from .checkpoint import Adapter
 from .config import ANSWER_TASKS, RunConfig, TaskConfig
 
 #: The Hub's name of the task, and transformers' class for models with its own head, by `task.kind`.
-_PIPELINES = {"causal-lm": "text-generation", "seq2seq": "text2text-generation"}
-_CLASSES = {"causal-lm": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
+_PIPELINES = {
+    "causal-lm": "text-generation",
+    "seq2seq": "text2text-generation",
+    "image-classification": "image-classification",
+}
+_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image-classification": "AutoModelForImageClassification",
+}
 
 
 def is_plain_model(task: TaskConfig) -> bool:
     """Whether the trained model is of a class that transformers has, and not one of this project's."""
-    return task.head == "native" or task.kind in ANSWER_TASKS
+    return task.head == "native" or task.kind in _CLASSES
 
 
 def merged_card(adapter: Adapter, base_digest: str) -> str:

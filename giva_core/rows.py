@@ -38,4 +38,11 @@ class Dialogue(_Hidden):
         return self.turns[-1][1]
 
 
-Row = TextRow | Dialogue
+@dataclass(frozen=True, repr=False, slots=True)
+class ImageRow(_Hidden):
+    """An image, as the bytes of its file."""
+
+    data: bytes
+
+
+Row = TextRow | Dialogue | ImageRow

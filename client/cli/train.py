@@ -102,7 +102,7 @@ def _check_free(output: Path) -> None:
 
 def _data_folder(folder: Path | None, config: RunConfig) -> Path:
     found = folder or (expand(config.data.folder) if config.data.folder else None)
-    if found is None or not (found / config.data.train_file).is_file():
+    if found is None or not (found / config.data.train_file).exists():
         raise ConfigError(
             "there are no training rows",
             got=str(found),

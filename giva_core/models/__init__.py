@@ -7,6 +7,7 @@ A kind of task is one module: it loads the model, makes numbers of examples, and
 | `classification`, `multilabel`, `regression` | `classification` | `TextRow` | logits `(n, C)` |
 | `causal-lm` | `causal_lm` | `Dialogue` | −log p, tokens, right tokens `(n, 3)` |
 | `seq2seq` | `seq2seq` | `Dialogue` | the same |
+| `image-classification` | `image_classification` | `ImageRow` | logits `(n, C)` |
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ KINDS = {
     "regression": "classification",
     "causal-lm": "causal_lm",
     "seq2seq": "seq2seq",
+    "image-classification": "image_classification",
 }
 
 

@@ -20,7 +20,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from .. import exact
 from ..config import RunConfig
@@ -42,7 +42,7 @@ def load_processor(config: RunConfig, auto: Any) -> Any:
     """
     source = find_source(config)
     with _explained(source), quiet():
-        return auto.from_pretrained(source, **_options(config, source))
+        return auto.from_pretrained(source, **hub_options(config, source))
 
 
 def load_settings(config: RunConfig) -> Any:
@@ -53,7 +53,7 @@ def load_settings(config: RunConfig) -> Any:
     """
     source = find_source(config)
     with _explained(source), quiet():
-        return AutoConfig.from_pretrained(source, **_options(config, source))
+        return AutoConfig.from_pretrained(source, **hub_options(config, source))
 
 
 def load_network(config: RunConfig, auto: Any, settings: Any) -> tuple[Any, set[str]]:
@@ -80,7 +80,7 @@ def load_network(config: RunConfig, auto: Any, settings: Any) -> tuple[Any, set[
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **_options(config, source),
+            **hub_options(config, source),
         )
     return model, set(loaded["missing_keys"]) | {entry[0] for entry in loaded["mismatched_keys"]}
 
@@ -99,7 +99,8 @@ def _explained(source: str) -> Iterator[None]:
         ) from error
 
 
-def _options(config: RunConfig, source: str) -> dict[str, Any]:
+def hub_options(config: RunConfig, source: str) -> dict[str, Any]:
+    """What every load asks for: which revision, whether a hub may be asked, and no code from the model's folder."""
     options: dict[str, Any] = {"local_files_only": config.model.local_files_only, "trust_remote_code": False}
     if config.model.revision and not Path(source).is_dir():
         options["revision"] = config.model.revision
@@ -200,8 +201,10 @@ def inside(name: str, modules: Sequence[str]) -> bool:
 
 def _head_modules(model: Any, new: set[str], source: str) -> tuple[str, ...]:
     """Everything outside the base model, and a pooler inside it that the checkpoint does not bring."""
-    children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
-    outside = [name for name in children if name != model.base_model_prefix]
+    children = [(name, child) for name, child in model.named_children() if any(True for _ in child.parameters())]
+    # the vision tower of CLIP's classifier is a model, under a name that is not its prefix
+    backbones = [name for name, child in children if isinstance(child, PreTrainedModel)] or [model.base_model_prefix]
+    outside = [name for name, _ in children if name not in backbones]
     new_modules = {name.rpartition(".")[0] for name in new if not inside(name, outside)}
     strangers = sorted(name for name in new_modules if "pooler" not in name.split("."))
     if strangers:
