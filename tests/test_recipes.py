@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from answering_models import write_decoder, write_rows
+from image_models import write_pictures, write_vision
 
-from client import prepare_answers
+from client import prepare_answers, prepare_vision
 from client.alone import site_at, train_alone
 from client.prepare import DATASETS, planned_folder
 from giva_core.config import RunConfig
@@ -21,6 +22,7 @@ RECIPES = {path.stem: path for path in (Path(__file__).parents[1] / "recipes").g
 DEMOS = {
     **{name: (planned_folder(name, giva_home()), "all-MiniLM-L6-v2") for name in DATASETS},
     "answers": (prepare_answers.planned_folder(giva_home()), "SmolLM2-135M-Instruct"),
+    "vision": (prepare_vision.planned_folder(giva_home()), "small-vit"),
 }
 
 #: What the paper says: rank, weight decay, warm-up, epochs, tokens, examples of a step, schedule.
@@ -30,6 +32,7 @@ PAPER: dict[str, tuple[Any, ...]] = {
     "math": (64, 0.0, 0.03, 1, 1024, 32, "cosine"),
     "code": (64, 0.0, 0.03, 1, 1024, 32, "cosine"),
     "instruction": (32, 1e-4, 0.1, 1, 1024, 16, "cosine"),
+    "vision": (32, 0.1, 0.06, 10, 128, 128, "cosine"),  # warm-up and tokens are this project's defaults
 }
 
 #: A run of two steps, of any recipe.
@@ -71,6 +74,16 @@ def test_a_recipe_of_the_paper_has_its_settings(name: str) -> None:
     )
     assert found == PAPER[name] and train.clip_norm == 1.0
     assert config.giva.dropout == (0.05 if name == "commonsense" else 0.0)
+
+
+def test_the_recipe_of_vision_trains_a_tiny_model(tmp_path: Path) -> None:
+    for split, count in (("train", 24), ("test", 6)):
+        write_pictures(tmp_path / "data" / split, count, count)
+    settings = {**TINY, "giva.calibration-batch-size": 24, "rounds.head-rounds": 1, "task.labels": ["above", "below"]}
+    model = {"model.path": str(write_vision(tmp_path / "model")), "giva.rank": 2}
+    config = RunConfig.from_toml(RECIPES["vision"], {**settings, **model})
+    rounds = train_alone(config, site_at(tmp_path / "data", config)).rounds
+    assert rounds[-1].evaluation and rounds[-1].evaluation.metrics.keys() == {"accuracy", "macro_f1", "mcc"}
 
 
 @pytest.mark.parametrize("name", ["commonsense", "math", "code", "instruction", "answers"])
