@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from datetime import datetime, time
 from typing import TYPE_CHECKING
 
-from giva_core.config import METHODS, TASKS, GivaConfig, RunConfig, Section, option
+from giva_core.config import METHODS, TASKS, GivaConfig, RunConfig
 from giva_core.errors import ConfigError, DataError, GivaError, ProtocolError
+from giva_core.settings import Section, option
 
 if TYPE_CHECKING:
     from giva_core.types import ModelSchema

@@ -22,9 +22,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, TypeVar
 
-from giva_core.config import DataConfig, RunConfig, Section, option
+from giva_core.config import DataConfig, RunConfig
 from giva_core.errors import ConfigError
 from giva_core.paths import expand
+from giva_core.settings import Section, option
 
 from .policy import Policy, PolicyError
 from .site import SiteSettings, checked_name

@@ -27,9 +27,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from giva_core.config import RunConfig, Scalar
+from giva_core.config import RunConfig
 from giva_core.errors import CheckpointError, StoreError
 from giva_core.paths import giva_home
+from giva_core.settings import Scalar
 from giva_core.types import Arrays, RoundRecord
 
 from .array_files import read_arrays, serialise, write_atomically

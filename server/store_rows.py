@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from giva_core.config import RunConfig, Scalar
+from giva_core.config import RunConfig
 from giva_core.errors import GivaError, StoreError
+from giva_core.settings import Scalar
 from giva_core.types import Arrays, RoundRecord, SiteRecord
 
 _BUSY_SECONDS = 30.0

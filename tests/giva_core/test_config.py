@@ -281,13 +281,21 @@ def another_value(key: str) -> Any:
         return old + 1
     if isinstance(old, float):
         return old / 2 or 0.5
-    return '{"eta": 1}' if key == "strategy.options" else '["other"]'
+    special = {"strategy.options": '{"eta": 1}', "task.prompt-template": "Q: {prompt}"}
+    return special.get(key, '["other"]')
 
 
 @pytest.mark.parametrize("key", sorted(set(option_types()) - set(LOCAL) - {"giva.dtype"}))  # which has but one value
 def test_digest_changes_with_everything_else(key: str) -> None:
     base = {"rounds.min-sites": 3} if key == "rounds.quorum" else {}  # a quorum needs its sites
     assert RunConfig.from_flat({**base, key: another_value(key)}).digest() != RunConfig.from_flat(base).digest()
+
+
+def test_a_section_comes_back_from_its_json() -> None:
+    section = RunConfig.from_flat(OTHER).giva
+    assert type(section).from_json(section.to_json()) == section
+    with pytest.raises(ConfigError, match=r"there is no setting 'giva.ranks'; expected 'giva.rank'"):
+        type(section).from_json('{"ranks": 3}')
 
 
 def test_replace_changes_what_is_named_and_checks_it() -> None:
