@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from giva_core.config import DataConfig, RunConfig
+from giva_core.config import DataConfig, RunConfig, TaskConfig
 from giva_core.errors import DataError, GivaError
 
 from .needs import require_training
@@ -45,7 +45,7 @@ def check_site(path: Path, run: RunConfig | None = None) -> list[Check]:
     checks = [Check("site file", True, f"site {site.name}; models: {', '.join(site.models)}")]
     checks += [_network(site)]
     checks += [_rows(site, name, run) for name in (site.data.train_file, site.data.eval_file) if name]
-    checks += [_model(site, name, run or RunConfig()) for name in site.models]
+    checks += [_model(site, name, run) for name in site.models]
     checks += [_bases()]
     if run:
         checks += [_policy(site, run)]
@@ -111,8 +111,11 @@ def _count_rows(path: Path, data: DataConfig) -> int:
     return count
 
 
-def _model(site: SiteFile, name: str, run: RunConfig) -> Check:
+def _model(site: SiteFile, name: str, run: RunConfig | None) -> Check:
     what, model = f"model {name}", site.models[name]
+    if run is None:  # a model of images has other settings than one of texts
+        is_vision = (Path(model.path) / "preprocessor_config.json").is_file()
+        run = RunConfig(task=TaskConfig(kind="image-classification" if is_vision else "classification"))
     try:
         require_training()
         from giva_core.models import load_task_model

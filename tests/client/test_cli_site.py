@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from answering_models import write_decoder, write_rows
 from click.testing import CliRunner
+from image_models import write_pictures, write_vision
 from live_worker import ROOMY, ROOT, site_toml
 
 from client import checks
@@ -66,6 +68,26 @@ def test_a_site_that_can_join(site_file: Path, toy_model: Path) -> None:
     assert giva("site", "check", site_file)[0] == 0
     site_file.write_text(text.replace(digest, "0" * 64))
     assert giva("site", "check", site_file)[0] == 1
+
+
+@pytest.mark.usefixtures("leaving")
+def test_sites_of_other_kinds_can_join(tmp_path: Path) -> None:
+    answers, pictures = tmp_path / "answers", tmp_path / "pictures"
+    for name, count in (("train", 10), ("test", 9)):
+        write_rows(answers / f"{name}.jsonl", count)
+        write_pictures(pictures / name, count)
+    sites = {
+        "a": (write_decoder(tmp_path / "decoder"), answers, ""),
+        "p": (write_vision(tmp_path / "vit"), pictures, 'train-file = "train"\neval-file = "test"\n'),
+    }
+    for site, (model, folder, files) in sites.items():
+        path = tmp_path / f"{site}.toml"
+        worker = {"socket": str(tmp_path / "w.sock")}
+        path.write_text(site_toml(site, model, folder, worker=worker).replace("[data]\n", f"[data]\n{files}"))
+        code, data = giva("site", "check", path)
+        assert code == 0, data["checks"]
+        rows = [entry["found"] for entry in data["checks"] if entry["what"].startswith(("train", "test"))]
+        assert [found.split(";")[0] for found in rows] == ["10 rows", "9 rows"]
 
 
 @pytest.mark.usefixtures("leaving")
