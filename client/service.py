@@ -74,7 +74,7 @@ def _count(kind: str, request: Payload, site: Trainer, questions: Questions) -> 
     digest = question_digest(kind, Payload(request.arrays, values))
     if kind == protocol.CALIBRATE:
         stage = _stage(request).name
-        site.policy.check_calibration(stage, questions.with_one_more(stage, digest), site.config.giva)
+        site.policy.check_calibration(stage, questions.with_one_more(stage, digest), site.config.bases)
     elif kind in (protocol.HEAD, protocol.ROUND):
         stage = "train"
         site.policy.check_rounds(questions.with_one_more(stage, digest))
@@ -115,7 +115,7 @@ def _state(request: Payload, site: Trainer) -> Payload:
 
 
 def _calibrate(request: Payload, site: Trainer) -> Payload:
-    schema, giva = site.schema, site.config.giva
+    schema, giva = site.schema, site.config.bases
     previous = None
     if request.text("previous"):
         shapes = calibration.sketch_shapes(_stage(request, "previous"), schema.layers, schema.ranks, giva)
@@ -127,7 +127,7 @@ def _calibrate(request: Payload, site: Trainer) -> Payload:
 
 
 def _bases(request: Payload, site: Trainer) -> Payload:
-    sketches, coordinates = protocol.bases_from_payload(request, site.schema, site.config.giva)
+    sketches, coordinates = protocol.bases_from_payload(request, site.schema, site.config.bases)
     return Payload(values={"bases": site.build_bases(sketches, coordinates)})
 
 

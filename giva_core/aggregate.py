@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from .config import RunConfig
 from .errors import UpdateError
-from .types import Arrays, BasesSet, LayerShape
+from .types import Arrays, BasesSet, LayerShape, ModelSchema
 
 LAMBDA_O, LAMBDA_S, RESIDUAL = "lambda_o", "lambda_s", "residual"
 
@@ -52,13 +53,12 @@ def weighted_mean(updates: Sequence[Arrays], weights: Sequence[int]) -> Arrays:
     return means
 
 
-def initial_vectors(layers: Sequence[LayerShape], ranks: Sequence[int]) -> Arrays:
-    """`lambda_o = 0`, `lambda_s = 1` for every layer, so that ΔW = 0."""
-    arrays: Arrays = {}
-    for layer, r in zip(layers, ranks, strict=True):
-        arrays[f"{layer.name}.{LAMBDA_O}"] = np.zeros(layer.d_out, np.float32)
-        arrays[f"{layer.name}.{LAMBDA_S}"] = np.ones(r, np.float32)
-    return arrays
+def initial_vectors(schema: ModelSchema) -> Arrays:
+    """`lambda_o = 0`, `lambda_s = 1`, or `core = 0`, for every layer, so that ΔW = 0."""
+    return {
+        name: np.full(shape, name.endswith(f".{LAMBDA_S}"), np.float32)
+        for name, shape in schema.vector_shapes().items()
+    }
 
 
 def coefficients(arrays: Arrays, layer: str) -> np.ndarray:
@@ -118,3 +118,10 @@ def add_arrays(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]
 def alternate_factor(server_round: int) -> str:
     """The vector that `alternate` trains in this round: `lambda_o` first, since ∂L/∂lambda_s = 0 at the start."""
     return LAMBDA_O if server_round % 2 == 1 else LAMBDA_S
+
+
+def round_factor(config: RunConfig, server_round: int) -> str:
+    """Which of the adapter's arrays a training round trains: `both` kinds, or one by name."""
+    if config.method == "rolora":  # B first: A's gradient is zero for as long as B is
+        return "lora_B" if server_round % 2 == 1 else "lora_A"
+    return alternate_factor(server_round) if config.rounds.mode == "alternate" else "both"

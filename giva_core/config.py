@@ -14,14 +14,19 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from .errors import ConfigError
 from .paths import expand
 
-METHODS = ("giva", "lora", "head")
+#: What the methods are is told in giva_core/methods, one module each, and in docs/methods.md.
+METHODS = (
+    *("giva", "lora", "ffa-lora", "rolora", "fedex-lora", "vera", "osora", "randlora", "lora-xs"),
+    *("full", "head"),
+)
+LORA_FAMILY = ("lora", "ffa-lora", "rolora", "fedex-lora")
 INITS = ("rand", "topsv", "secsv", "rowalign")
 MODES = ("fedavg", "alternate", "exact")
 TASKS = ("classification", "multilabel", "regression")
@@ -98,7 +103,7 @@ class GivaConfig(Section):
     """The adapter: Gangwar et al., arXiv:2604.21901; sketches and federation are this project's own."""
 
     _prefix = "giva."
-    rank: int = option(8, "rank r of the bases", minimum=1)
+    rank: int = option(8, "rank r of the bases, those of osora and lora-xs too", minimum=1)
     target_modules: str | tuple[str, ...] = option(
         ALL_LINEAR, "all-linear, a list of module-name endings, or one regular expression for the whole name"
     )
@@ -123,7 +128,7 @@ class GivaConfig(Section):
 
 @dataclass(frozen=True)
 class LoraConfig(Section):
-    """The LoRA baseline (Hu et al., arXiv:2106.09685), through PEFT's layers."""
+    """LoRA (Hu et al., arXiv:2106.09685) and its federated forms: ffa-lora, rolora, fedex-lora."""
 
     _prefix = "lora."
     rank: int = option(8, "rank of the matrices", minimum=1)
@@ -131,11 +136,43 @@ class LoraConfig(Section):
 
 
 @dataclass(frozen=True)
+class VeraConfig(Section):
+    """The method vera (Kopiczko et al., arXiv:2310.11454), through PEFT's layers."""
+
+    _prefix = "vera."
+    rank: int = option(256, "rank of the random matrices that all layers share", minimum=1)
+    d_initial: float = option(0.1, "what the vector d starts at", above=0.0)
+
+
+@dataclass(frozen=True)
+class RandloraConfig(Section):
+    """The method randlora (Albert et al., arXiv:2502.00987), through PEFT's layers."""
+
+    _prefix = "randlora."
+    rank: int = option(32, "rank of each random basis; min(d_out, d_in) / rank of them make full rank", minimum=1)
+    alpha: float = option(640.0, "scale numerator: the update is scaled by alpha / rank", above=0.0)
+
+
+@dataclass(frozen=True)
+class LoraXsConfig(Section):
+    """The method lora-xs (Bałazy et al., arXiv:2405.17604); with bases = gradient as Fed-SB, but federated."""
+
+    _prefix = "lora_xs."
+    bases: str = option(
+        "weight",
+        "what the frozen bases are singular vectors of: the weight, or the federation's calibration gradient",
+        choices=("weight", "gradient"),
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig(Section):
     """Local training: AdamW on the trained arrays."""
 
     _prefix = "train."
-    learning_rate: float = option(1e-2, "peak learning rate of the vectors (or of LoRA's matrices)", above=0.0)
+    learning_rate: float = option(
+        1e-2, "peak learning rate of the vectors, or of what else the method trains", above=0.0
+    )
     head_learning_rate: float = option(1e-3, "peak learning rate of the head and of modules_to_save", above=0.0)
     warm_head_learning_rate: float = option(0.0, "peak learning rate of the head rounds; 0: the head's", minimum=0.0)
     warm_head_epochs: float = option(1.0, "passes over the site's data in a head round", above=0.0)
@@ -228,6 +265,9 @@ class RunConfig(Section):
     task: TaskConfig = field(default_factory=TaskConfig)
     giva: GivaConfig = field(default_factory=GivaConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    vera: VeraConfig = field(default_factory=VeraConfig)
+    randlora: RandloraConfig = field(default_factory=RandloraConfig)
+    lora_xs: LoraXsConfig = field(default_factory=LoraXsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
@@ -244,12 +284,20 @@ class RunConfig(Section):
                 got=f"method = {self.method}",
                 expected="method = giva",
             )
-        if self.rounds.mode == "exact" and self.strategy.name not in ("fedavg", "fedprox"):
+        is_exact = self.rounds.mode == "exact" or self.method == "fedex-lora"
+        if is_exact and self.strategy.name not in ("fedavg", "fedprox"):
+            what = "method = fedex-lora" if self.method == "fedex-lora" else "rounds.mode = exact"
             raise ConfigError(
-                "rounds.mode = exact keeps the exact mean of the sites' products",
+                f"{what} keeps the exact mean of the sites' products",
                 got=f"strategy.name = {self.strategy.name}",
                 expected="fedavg or fedprox",
-                remedy="choose mode fedavg with this strategy",
+                remedy="choose method lora, or mode fedavg, with this strategy",
+            )
+        if self.method == "full" and (self.model.dtype != "float32" or self.giva.dropout):
+            raise ConfigError(
+                "method = full trains the weights themselves, in float32, and has no adapter to drop inputs of",
+                got=f"model.dtype = {self.model.dtype}, giva.dropout = {self.giva.dropout:g}",
+                expected="float32 and 0",
             )
         if self.rounds.quorum > self.rounds.min_sites:
             raise ConfigError(
@@ -271,6 +319,24 @@ class RunConfig(Section):
                 raise ConfigError(
                     "strategy.options is not a JSON object", got=self.strategy.options, expected='e.g. {"eta": 0.1}'
                 )
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the federation sketches its gradient for this run, and builds bases from it."""
+        return self.method == "giva" or (self.method == "lora-xs" and self.lora_xs.bases == "gradient")
+
+    @property
+    def rank(self) -> int:
+        """The rank of the run's method; 0 where it has none."""
+        if self.method in LORA_FAMILY:
+            return self.lora.rank
+        ranks = {"vera": self.vera.rank, "randlora": self.randlora.rank, "full": 0, "head": 0}
+        return ranks.get(self.method, self.giva.rank)
+
+    @property
+    def bases(self) -> GivaConfig:
+        """The settings of the run's bases: `giva`'s, but methods that need singular vectors on both sides get them."""
+        return self.giva if self.method == "giva" else replace(self.giva, init="topsv")
 
     # -- sources ------------------------------------------------------------------------------------------------------
 

@@ -77,22 +77,25 @@ def lora_matrices(adapter: Adapter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     Raises:
         CheckpointError: The adapter changes no layer but the head.
     """
-    if adapter.bases is not None:
-        found = {}
+    config = adapter.metadata.config
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    if config.method not in ("giva", "lora", "rolora"):
+        pass  # a part of it is frozen, or lies in the weight
+    elif adapter.bases is not None:
         for name, layer in adapter.bases.layers.items():
             M = coefficients(adapter.arrays, name)
             kept = adapter.residual.get(f"{name}.{RESIDUAL}")
             found[name] = (layer.A, (M if kept is None else M + kept) * layer.B)
     else:
-        lora = adapter.metadata.config.lora
+        lora = config.lora
         layers = [name.removesuffix(_INSIDE_A) for name in adapter.arrays if name.endswith(_INSIDE_A)]
         scale = np.float32(lora.alpha / lora.rank)
         found = {name: (adapter.arrays[name + _INSIDE_A], scale * adapter.arrays[name + _INSIDE_B]) for name in layers}
     if not found:
         raise CheckpointError(
             "the adapter has no low-rank form",
-            got=f"method '{adapter.metadata.config.method}'",
-            expected="an adapter of method giva or lora",
+            got=f"method '{config.method}'",
+            expected="an adapter of method giva, lora or rolora",
             remedy="merge it into its base model instead: --format merged",
         )
     return {name: (_float32(A), _float32(B)) for name, (A, B) in found.items()}

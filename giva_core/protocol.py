@@ -29,11 +29,12 @@ from . import calibration
 from .calibration import Sketches
 from .config import GivaConfig
 from .errors import ProtocolError
+from .factored import residual_columns, residual_shapes
 from .sites import SITE_NAME as SITE_NAME
 from .types import Arrays, ClientUpdate, LayerShape, ModelSchema, QuantisedSketch, SiteEvaluation
 
 #: Raised with every change of a message's form; the server turns away sites of another version.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 HELLO, STATE, FINISH = "query.hello", "query.state", "query.finish"
 HEAD, CALIBRATE, BASES, ROUND = "train.head", "train.calibrate", "train.bases", "train.round"
@@ -190,6 +191,7 @@ class Hello:
         config_digest: SHA-256 of the agreed settings.
         versions: Library versions, as text.
         device: Type of the device it trains on.
+        frozen_digest: SHA-256 of what the method froze by itself, of seed or weights; empty where it has nothing such.
     """
 
     site: str
@@ -201,6 +203,7 @@ class Hello:
     config_digest: str
     versions: str
     device: str
+    frozen_digest: str = ""
 
     def to_payload(self) -> Payload:
         """As a message."""
@@ -210,6 +213,7 @@ class Hello:
             ],
             "state": {name: list(shape) for name, shape in self.schema.state.items()},
             "adapter": list(self.schema.adapter),
+            "form": self.schema.form,
         }
         own = {name: value for name, value in vars(self).items() if name != "schema"}
         return Payload(values={**own, "schema": json.dumps(schema), "protocol": PROTOCOL_VERSION})
@@ -228,10 +232,11 @@ class Hello:
             raw = json.loads(payload.text("schema"))
             rows = [(str(name), int(d_out), int(d_in), int(r)) for name, d_out, d_in, r in raw["layers"]]
             state = {str(name): tuple(int(n) for n in shape) for name, shape in raw["state"].items()}
-            adapter = tuple(str(name) for name in raw["adapter"])
+            adapter, form = tuple(str(name) for name in raw["adapter"]), str(raw["form"])
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ProtocolError("a site's schema cannot be read", got=type(error).__name__) from None
-        schema = ModelSchema(tuple(LayerShape(*row[:3]) for row in rows), tuple(row[3] for row in rows), state, adapter)
+        layers, ranks = tuple(LayerShape(*row[:3]) for row in rows), tuple(row[3] for row in rows)
+        schema = ModelSchema(layers, ranks, state, adapter, form)
         if not SITE_NAME.fullmatch(payload.text("site")):
             raise ProtocolError("a site's name has other characters than letters, digits, '.', '_' and '-'")
         return cls(
@@ -244,6 +249,7 @@ class Hello:
             config_digest=payload.text("config_digest"),
             versions=payload.text("versions"),
             device=payload.text("device"),
+            frozen_digest=payload.text("frozen_digest"),
         )
 
 
@@ -273,26 +279,28 @@ class TrainRequest:
 
 
 def global_to_payload(arrays: Arrays, schema: ModelSchema, bases_digest: str) -> Payload:
-    """The global arrays as a message: everything trained, and the residuals of the mode `exact` where there are any."""
-    shapes = global_shapes(schema, bases_digest, any(name.endswith(".residual") for name in arrays))
-    return Payload({"state": pack(arrays, list(shapes))}, {"bases": bases_digest})
+    """The global arrays as a message: everything trained, and residuals where there are any."""
+    columns = residual_columns(arrays)
+    shapes = global_shapes(schema, bases_digest, columns)
+    return Payload({"state": pack(arrays, list(shapes))}, {"bases": bases_digest, "residual": columns})
 
 
 def global_from_payload(payload: Payload, schema: ModelSchema) -> Arrays:
     """The inverse of `global_to_payload`."""
-    vector, digest = payload.array("state"), payload.text("bases")
-    plain = global_shapes(schema, digest, False)
-    has_residual = vector.size != sum(int(np.prod(shape)) for shape in plain.values())
-    return unpack(vector, global_shapes(schema, digest, has_residual))
+    shapes = global_shapes(schema, payload.text("bases"), payload.integer("residual"))
+    return unpack(payload.array("state"), shapes)
 
 
-def global_shapes(schema: ModelSchema, bases_digest: str, with_residual: bool) -> dict[str, tuple[int, ...]]:
-    """Shape by name of the global arrays, in wire order: vectors (once there are bases), state, residuals."""
+def global_shapes(schema: ModelSchema, bases_digest: str, columns: int = 0) -> dict[str, tuple[int, ...]]:
+    """Shape by name of the global arrays, in wire order: vectors (once there are bases), state, residuals.
+
+    Args:
+        schema: What the model has.
+        bases_digest: Empty before calibration, when there are no vectors.
+        columns: 0 where there is no residual; else as `factored.residual_shapes` has it, and anything for vectors.
+    """
     shapes = {**(schema.vector_shapes() if bases_digest else {}), **schema.state}
-    if with_residual and bases_digest:
-        pairs = zip(schema.layers, schema.ranks, strict=True)
-        shapes.update({f"{layer.name}.residual": (layer.d_out, r) for layer, r in pairs})
-    return shapes
+    return {**shapes, **(residual_shapes(schema, columns) if columns else {})}
 
 
 def trained_names(schema: ModelSchema, factor: str, bases_digest: str) -> tuple[str, ...]:
@@ -300,13 +308,16 @@ def trained_names(schema: ModelSchema, factor: str, bases_digest: str) -> tuple[
 
     Args:
         schema: What the model has.
-        factor: `both` vectors and the state; one vector (`lambda_o`, `lambda_s`) and the state; or the `head` alone.
+        factor: `both` vectors and the state; one factor (`lambda_o`, `lambda_s`, `lora_A`, `lora_B`) and the head; or
+            the `head` alone.
         bases_digest: Empty before calibration, when there are no vectors.
     """
     if factor == "head":
         return tuple(name for name in schema.state if name not in schema.adapter)
+    adapter = set(schema.adapter)
     vectors = schema.vector_shapes() if bases_digest else {}
-    return (*(name for name in vectors if factor == "both" or name.endswith(f".{factor}")), *schema.state)
+    resting = {name for name in (*vectors, *adapter) if factor != "both" and factor not in name.split(".")}
+    return tuple(name for name in (*vectors, *schema.state) if name not in resting)
 
 
 def train_to_payload(request: TrainRequest, schema: ModelSchema, factor: str) -> Payload:

@@ -21,6 +21,7 @@ from giva_core.types import Arrays, BasesSet, ClientUpdate, ModelSchema, RoundRe
 
 from .agreement import agree_on_bases, send_bases
 from .evaluation import Due
+from .exactness import aggregated
 from .exchange import ask, site_record
 from .run_store import RunStore
 from .session import Session, mean, outcomes
@@ -109,11 +110,10 @@ class Federation:
             for number in range(done["head"] + 1, rounds.head_rounds + 1):
                 self._round("head", number, rounds.head_rounds)
             self._evaluate_last("head", rounds.head_rounds)
-        if self.config.method == "giva":
+        if self.config.is_calibrated:
             self.bases, self._bases_message = agree_on_bases(self.session, self.arrays)
             if done["train"] == 0:
-                schema = self.session.schema
-                self.arrays = {**aggregate.initial_vectors(schema.layers, schema.ranks), **self.arrays}
+                self.arrays = {**aggregate.initial_vectors(self.session.schema), **self.arrays}
         for number in range(done["train"] + 1, rounds.num_rounds + 1):
             self._round("train", number, rounds.num_rounds)
         self._evaluate_last("train", rounds.num_rounds)
@@ -140,7 +140,7 @@ class Federation:
         self.members.wait()
         self.session.need(self.config.rounds.min_sites, self.session.greet(), "were admitted")
         known, reference = self.store.run(self.run_id).facts, self.session.reference
-        found = {"model_digest": reference.model_digest, "state_digest": reference.state_digest}
+        found = {name: getattr(reference, name) for name in ("model_digest", "state_digest", "frozen_digest")}
         for name, value in found.items():
             if known.get(name, value) != value:
                 raise QuorumError(
@@ -218,9 +218,7 @@ class Federation:
         )
 
     def _plan(self, phase: str, number: int, total: int) -> Plan:
-        factor = "head" if phase == "head" else "both"
-        if phase == "train" and self.config.rounds.mode == "alternate":
-            factor = aggregate.alternate_factor(number)
+        factor = "head" if phase == "head" else aggregate.round_factor(self.config, number)
         names = protocol.trained_names(self.session.schema, factor, self.bases_digest)
         return Plan(phase, number, total, factor, names)
 
@@ -251,14 +249,16 @@ class Federation:
         # momentum moves even what no site trained in this round; `alternate` is exact only where that stays
         made = {name: array if name in plan.names else self.arrays[name] for name, array in made.items()}
         error = None
-        if plan.phase == "train" and self.bases is not None:
-            sites = [update.arrays for update in updates]
-            weights = [update.num_examples for update in updates]
-            lost = None
-            if self.config.rounds.mode == "exact":
-                lost = aggregate.exact_residual(sites, weights, made, self.session.schema.layers)
-                self.residual = aggregate.add_arrays(self.residual, lost)
-            error = aggregate.aggregation_error(sites, weights, made, self.bases, lost)
+        if plan.phase == "train":
+            error, self.residual = aggregated(
+                self.config,
+                self.session.schema,
+                self.bases,
+                [update.arrays for update in updates],
+                [update.num_examples for update in updates],
+                made,
+                self.residual,
+            )
         self.arrays = made
         return error
 
