@@ -58,6 +58,10 @@ class Trainer(Protocol):
     """What a site can be asked."""
 
     @property
+    def name(self) -> str:
+        """The site's name."""
+
+    @property
     def config(self) -> RunConfig:
         """The run's configuration."""
 
@@ -118,6 +122,11 @@ class LocalTrainer:
         self._eval = self._rows(site.eval_path) if site.eval_path else None
         if site.policy and self._eval and len(self._eval) < site.policy.min_eval_examples:
             self._eval = None
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.site.name
 
     @property
     def config(self) -> RunConfig:

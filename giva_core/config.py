@@ -229,6 +229,18 @@ class RoundsConfig(Section):
 
 
 @dataclass(frozen=True)
+class WireConfig(Section):
+    """How trained numbers travel; calibration has its own `giva.sketch-bits`."""
+
+    _prefix = "wire."
+    precision: str = option(
+        "float32",
+        "trained numbers as they are, or as differences in two bytes, or in one with error feedback",
+        choices=("float32", "float16", "int8"),
+    )
+
+
+@dataclass(frozen=True)
 class StrategyConfig(Section):
     """The aggregation strategy: the project's own FedAvg, or one of Flower's by name."""
 
@@ -270,6 +282,7 @@ class RunConfig(Section):
     lora_xs: LoraXsConfig = field(default_factory=LoraXsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    wire: WireConfig = field(default_factory=WireConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     data: DataConfig = field(default_factory=DataConfig)
 

@@ -18,6 +18,7 @@ from giva_core.config import RunConfig
 from giva_core.errors import GivaError, QuorumError
 from giva_core.protocol import Payload, TrainRequest
 from giva_core.types import Arrays, BasesSet, ClientUpdate, ModelSchema, RoundRecord, SiteRecord
+from giva_core.wire import PLAIN
 
 from .agreement import agree_on_bases, send_bases
 from .evaluation import Due
@@ -29,6 +30,7 @@ from .strategy import Aggregator, check_finite, make_aggregator
 from .updates import Accepted, merge_attempts, read_updates
 
 _FINISH_SECONDS = 10.0
+_START = "start"  # the blob with the starting head, which rounded numbers count from
 _STRATEGY = "strategy:"  # prefix of the strategy's own arrays in a stored state
 
 
@@ -78,6 +80,7 @@ class Federation:
         self.residual: Arrays = {}
         self.bases: BasesSet | None = None
         self._bases_message = Payload()
+        self._coding = PLAIN
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -105,6 +108,11 @@ class Federation:
             self._load(stored.arrays, stored.extra)
         else:
             self.arrays = self._initial_state()
+            if self.config.wire.precision != "float32":
+                self.store.save_blob(self.run_id, _START, self.arrays)
+        if (precision := self.config.wire.precision) != "float32":
+            start = self.store.load_blob(self.run_id, _START)
+            self._coding = protocol.coding_of(precision, self.session.schema, start)
         rounds = self.config.rounds
         if done["train"] == 0:
             for number in range(done["head"] + 1, rounds.head_rounds + 1):
@@ -228,16 +236,26 @@ class Federation:
         nodes = self.session.sample(rounds.fraction_train, rounds.min_sites, f"{plan.phase}-{plan.number}-{attempt}")
         start = {**self.arrays, **self.residual}
         is_head = plan.phase == "head"
-        request = TrainRequest(start, plan.number, plan.total, self.bases_digest, plan.names, mu, is_head)
-        payload = protocol.train_to_payload(request, self.session.schema, plan.factor)
-        with_evaluation = protocol.train_to_payload(replace(request, evaluate=True), self.session.schema, plan.factor)
+        run = self.run_id if self._coding.precision == "int8" else ""
+        request = TrainRequest(start, plan.number, plan.total, self.bases_digest, plan.names, mu, is_head, run=run)
+        payload = protocol.train_to_payload(request, self.session.schema, plan.factor, self._coding)
+        with_evaluation = Payload(payload.arrays, {**payload.values, "evaluate": True})
         evaluating = dict.fromkeys(nodes.keys() & due.waiting, with_evaluation) if due else {}
         resting, hellos = self.members.bench.records(nodes), self.members.hellos()
         kind = protocol.HEAD if is_head else protocol.ROUND
         answers = self.session.ask(nodes, kind, payload, f"{plan.phase}-{plan.number}", evaluating)
         if due:
             due.note_updates((answer for answer in answers if answer.site in evaluating), hellos)
-        accepted = read_updates(answers, hellos, start, plan.names, self.bases_digest, rounds.max_update_norm)
+        accepted = read_updates(
+            answers,
+            hellos,
+            start,
+            plan.names,
+            self.bases_digest,
+            rounds.max_update_norm,
+            self._coding,
+            str(payload.values.get("digest", "")),
+        )
         # what was not trained counts as unchanged, so that every strategy sees all arrays
         updates = [replace(update, arrays={**self.arrays, **update.arrays}) for update in accepted.updates]
         return Accepted(updates, [*accepted.records, *resting])
@@ -290,7 +308,7 @@ class Federation:
         left = {site: node_id for site, node_id in self.members.nodes().items() if site in due.waiting}
         if left:
             arrays = {**self.arrays, **self.residual}
-            payload = protocol.global_to_payload(arrays, self.session.schema, self.bases_digest)
+            payload = protocol.global_to_payload(arrays, self.session.schema, self.bases_digest, self._coding)
             hellos = self.members.hellos()
             answers = self.session.ask(left, protocol.EVALUATE, payload, f"evaluate-{due.record.round}")
             due.note(answers, hellos)

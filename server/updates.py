@@ -9,6 +9,7 @@ from giva_core import protocol
 from giva_core.errors import GivaError
 from giva_core.protocol import Hello
 from giva_core.types import Arrays, ClientUpdate, SiteRecord
+from giva_core.wire import PLAIN, Coding
 
 from .exchange import Answer, site_record
 from .guard import check_update
@@ -29,6 +30,8 @@ def read_updates(
     names: Sequence[str],
     bases_digest: str,
     max_norm: float,
+    coding: Coding = PLAIN,
+    sent_digest: str = "",
 ) -> Accepted:
     """Check every answer; one that does not qualify is refused with its reason.
 
@@ -39,6 +42,8 @@ def read_updates(
         names: Which of these they trained, in wire order.
         bases_digest: The run's bases; empty where there are none.
         max_norm: Largest change of all arrays; 0 for no limit.
+        coding: How numbers travel; differences are added to `start`, whatever the sites got of it.
+        sent_digest: Digest of what the sites got, where that was rounded.
     """
     shapes = {name: start[name].shape for name in names}
     accepted = Accepted([], [])
@@ -46,7 +51,7 @@ def read_updates(
         record = site_record(answer)
         if answer.payload is not None:
             try:
-                update = protocol.update_from_payload(answer.payload, shapes)
+                update = protocol.update_from_payload(answer.payload, shapes, coding, start, sent_digest)
                 check_update(update, hellos[answer.site], start, bases_digest, max_norm)
                 accepted.updates.append(update)
                 record = replace(

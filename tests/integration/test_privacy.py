@@ -47,8 +47,9 @@ REPLIES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "query.hello": (
         {},
         {
-            **dict.fromkeys(("site", "schema", "model_digest", "state_digest", "config_digest"), "str"),
-            **dict.fromkeys(("versions", "device"), "str"),
+            **dict.fromkeys(
+                ("site", "schema", "model_digest", "state_digest", "frozen_digest", "config_digest"), "str"
+            ),
             **dict.fromkeys(("num_train", "num_eval", "protocol"), "int"),
         },
     ),
