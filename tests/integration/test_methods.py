@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from client.backbone import get_backbone
 from giva_core import checkpoint
 from giva_core.config import METHODS, RunConfig
 from giva_core.export import apply_adapter, merge_to_folder
+from giva_core.inject import layer_shapes
 from giva_core.model_card import SOURCES
 from giva_core.models import load_task_model
 from giva_core.types import Arrays, RoundRecord
@@ -120,6 +122,22 @@ def test_a_method_trains_sends_what_it_says_and_resumes_to_the_same_bytes(
     assert same_bytes(state_of(store, stopped), state)
     assert store.run(stopped).facts == store.run(run_id).facts
     assert_it_merges(config, store.adapter_folder(run_id), tmp_path / "merged")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_benchmark_counts_what_a_site_trains(case: str, toy_config: RunConfig, two_sites: Path) -> None:
+    from benchmarks.wire import Shapes, schema_of
+
+    config = config_of(case, toy_config, two_sites)
+    task = load_task_model(config)
+    layers, _ = layer_shapes(task.model, config.giva, exclude=task.head_modules)
+    named = {name: tuple(parameter.shape) for name, parameter in task.model.named_parameters()}
+    head = {name: shape for name, shape in named.items() if name.startswith("classifier.")}
+    weights = {name: shape for name, shape in named.items() if name not in head}
+    counted, found = schema_of(config, Shapes(layers, head, weights)), get_backbone(config, "cpu").schema
+    assert dict(counted.state) == dict(found.state)
+    assert counted.vector_shapes() == found.vector_shapes()
+    assert set(counted.adapter) == set(found.adapter)
 
 
 def assert_it_merges(config: RunConfig, adapter: Path, output: Path) -> None:
