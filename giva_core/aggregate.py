@@ -18,15 +18,16 @@ import numpy as np
 
 from .config import RunConfig
 from .errors import UpdateError
+from .running_mean import RunningMean
 from .types import Arrays, BasesSet, LayerShape, ModelSchema
 
 LAMBDA_O, LAMBDA_S, RESIDUAL = "lambda_o", "lambda_s", "residual"
 
 
 def weighted_mean(updates: Sequence[Arrays], weights: Sequence[int]) -> Arrays:
-    """`Σ w_k x_k / Σ w_k` by name, in float64, summed in the order given, returned as float32.
+    """`Σ w_k x_k / Σ w_k` by name, summed exactly whatever the order, returned as float32.
 
-    float32 values times integer weights are exact in float64, so the mean of one update is that update, bit for bit.
+    The mean of one update is that update, bit for bit; see `running_mean`.
 
     Args:
         updates: The sites' arrays; all with the same names and shapes.
@@ -41,16 +42,10 @@ def weighted_mean(updates: Sequence[Arrays], weights: Sequence[int]) -> Arrays:
             got=f"{len(updates)} updates with weights {list(weights)}",
             expected="at least one update, each with at least one example",
         )
-    total = float(sum(weights))
-    means: Arrays = {}
-    for name, first in updates[0].items():
-        if any(update.keys() != updates[0].keys() or update[name].shape != first.shape for update in updates):
-            raise UpdateError(f"the updates do not all have the array '{name}' in shape {first.shape}")
-        running = first.astype(np.float64) * float(weights[0])
-        for update, weight in zip(updates[1:], weights[1:], strict=True):
-            running += update[name].astype(np.float64) * float(weight)
-        means[name] = (running / total).astype(np.float32)
-    return means
+    running = RunningMean()
+    for update, weight in zip(updates, weights, strict=True):
+        running.add(update, weight)
+    return running.mean()
 
 
 def initial_vectors(schema: ModelSchema) -> Arrays:

@@ -352,6 +352,12 @@ def with_evaluation(payload: Payload, evaluation: Payload | str) -> Payload:
     return Payload({**payload.arrays, **arrays}, {**payload.values, **values})
 
 
+def without_update(payload: Payload) -> Payload:
+    """An answer to a request to train without what was trained: its scalars, and the evaluation where it has one."""
+    arrays = {name: array for name, array in payload.arrays.items() if name.startswith(_EVALUATION)}
+    return Payload(arrays, payload.values)
+
+
 def evaluation_beside(payload: Payload) -> Payload | str | None:
     """The inverse of `with_evaluation`; None where the answer has no evaluation."""
     arrays = {n.removeprefix(_EVALUATION): a for n, a in payload.arrays.items() if n.startswith(_EVALUATION)}

@@ -8,7 +8,7 @@ a round depends on anything but the run's seed and the stored state: a resumed r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from flwr.serverapp import Grid
@@ -17,7 +17,7 @@ from giva_core import aggregate, checkpoint, protocol
 from giva_core.config import RunConfig
 from giva_core.errors import GivaError, QuorumError
 from giva_core.protocol import Payload, TrainRequest
-from giva_core.types import Arrays, BasesSet, ClientUpdate, ModelSchema, RoundRecord, SiteRecord
+from giva_core.types import Arrays, BasesSet, ModelSchema, RoundRecord, SiteRecord
 from giva_core.wire import PLAIN
 
 from .agreement import agree_on_bases, send_bases
@@ -27,8 +27,10 @@ from .exchange import ask, site_record
 from .run_store import RunStore
 from .session import Session, mean, outcomes
 from .strategy import Aggregator, check_finite, make_aggregator
-from .updates import Accepted, merge_attempts, read_updates
+from .updates import Accepted, Intake, merge_attempts
 
+#: Sites of a round up to which their updates are kept, and the aggregation error told; of more only the sum is kept.
+KEPT_UPDATES = 64
 _FINISH_SECONDS = 10.0
 _START = "start"  # the blob with the starting head, which rounded numbers count from
 _STRATEGY = "strategy:"  # prefix of the strategy's own arrays in a stored state
@@ -211,7 +213,7 @@ class Federation:
             )
         if due is not None:
             self._complete(due)
-        error = self._aggregate(plan, accepted.updates)
+        error = self._aggregate(plan, accepted)
         weights = [update.num_examples for update in accepted.updates]
         self.session.record(
             phase,
@@ -243,25 +245,35 @@ class Federation:
         evaluating = dict.fromkeys(nodes.keys() & due.waiting, with_evaluation) if due else {}
         resting, hellos = self.members.bench.records(nodes), self.members.hellos()
         kind = protocol.HEAD if is_head else protocol.ROUND
-        answers = self.session.ask(nodes, kind, payload, f"{plan.phase}-{plan.number}", evaluating)
-        if due:
-            due.note_updates((answer for answer in answers if answer.site in evaluating), hellos)
-        accepted = read_updates(
-            answers,
+        intake = Intake(
             hellos,
             start,
             plan.names,
             self.bases_digest,
             rounds.max_update_norm,
-            self._coding,
-            str(payload.values.get("digest", "")),
+            keeps=len(nodes) <= KEPT_UPDATES or not self._can_sum,
+            coding=self._coding,
+            sent_digest=str(payload.values.get("digest", "")),
         )
+        answers = self.session.ask(nodes, kind, payload, f"{plan.phase}-{plan.number}", evaluating, intake.take)
+        if due:
+            due.note_updates((answer for answer in answers if answer.site in evaluating), hellos)
+        accepted = intake.accepted(answers)
+        return replace(accepted, records=[*accepted.records, *resting])
+
+    @property
+    def _can_sum(self) -> bool:
+        """Whether a round needs no more of the updates than their mean."""
+        return self.aggregator.is_mean and self.config.rounds.mode != "exact" and self.config.method != "fedex-lora"
+
+    def _aggregate(self, plan: Plan, accepted: Accepted) -> float | None:
+        """Make the next global arrays; returns the aggregation error where there are vectors and the updates."""
+        if accepted.mean is not None:
+            self.arrays = {**self.arrays, **accepted.mean}
+            check_finite(self.arrays)
+            return None
         # what was not trained counts as unchanged, so that every strategy sees all arrays
         updates = [replace(update, arrays={**self.arrays, **update.arrays}) for update in accepted.updates]
-        return Accepted(updates, [*accepted.records, *resting])
-
-    def _aggregate(self, plan: Plan, updates: Sequence[ClientUpdate]) -> float | None:
-        """Make the next global arrays; returns the aggregation error where there are vectors."""
         made = self.aggregator.aggregate(plan.number, updates)
         check_finite(made)
         # momentum moves even what no site trained in this round; `alternate` is exact only where that stays
