@@ -3,8 +3,8 @@
     python benchmarks/wire.py
     python benchmarks/wire.py --models minilm --rounds 20 --sites 8 --json
 
-No weights are needed: the models stand on the meta device, from their public configurations. What a site sends and gets
-is counted from the run's own schema, sketch plan and packing; names, headers and scalars are those of a message as
+No weights are needed: the models stand on the meta device, from their public configurations. What a site sends and
+gets is counted from the run's own schema, sketch plan and packing; names, headers and scalars are those of a message as
 Flower serialises it. Beside it stands what a site would send that sent its gradient.
 """
 
