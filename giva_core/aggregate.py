@@ -61,6 +61,16 @@ def coefficients(arrays: Arrays, layer: str) -> np.ndarray:
     return np.outer(arrays[f"{layer}.{LAMBDA_O}"].astype(np.float64), arrays[f"{layer}.{LAMBDA_S}"].astype(np.float64))
 
 
+def layer_coefficients(arrays: Arrays, bases: BasesSet, layer: str, residual: np.ndarray | None = None) -> np.ndarray:
+    """`M (d_out, r)` of one trained layer, such that ΔW = M A: of GiVA's vectors, or of an r × r core; float64."""
+    B = bases.layers[layer].B.astype(np.float64)
+    if f"{layer}.core" in arrays:
+        found: np.ndarray = B @ arrays[f"{layer}.core"].astype(np.float64)
+        return found
+    M = coefficients(arrays, layer)
+    return (M if residual is None else M + residual) * B
+
+
 def mean_coefficients(updates: Sequence[Arrays], weights: Sequence[int], layer: str) -> np.ndarray:
     """`M̄ = Σ w_k lambda_o,k lambda_s,kᵀ (d_out, r)` with weights that add up to one, float64."""
     total = float(sum(weights))

@@ -11,8 +11,11 @@ import torch
 from client.backbone import get_backbone
 from giva_core import checkpoint
 from giva_core.config import METHODS, RunConfig
+from giva_core.errors import CheckpointError
+from giva_core.export import _merge as merge
 from giva_core.export import apply_adapter, merge_to_folder
 from giva_core.inject import layer_shapes
+from giva_core.lora_export import lora_matrices
 from giva_core.model_card import SOURCES
 from giva_core.models import load_task_model
 from giva_core.types import Arrays, RoundRecord
@@ -122,6 +125,22 @@ def test_a_method_trains_sends_what_it_says_and_resumes_to_the_same_bytes(
     assert same_bytes(state_of(store, stopped), state)
     assert store.run(stopped).facts == store.run(run_id).facts
     assert_it_merges(config, store.adapter_folder(run_id), tmp_path / "merged")
+    assert_it_is_a_lora_where_it_can_be(case, config, store.adapter_folder(run_id))
+
+
+def assert_it_is_a_lora_where_it_can_be(case: str, config: RunConfig, adapter: Path) -> None:
+    """`lora_B lora_A` is what the merged weight has beyond the plain one; the other methods say that they are none."""
+    loaded = checkpoint.load_adapter(adapter)
+    if case not in ("giva", "lora", "rolora", "lora-xs/gradient"):
+        with pytest.raises(CheckpointError, match="no low-rank form"):
+            lora_matrices(loaded)
+        return
+    plain, merged = load_task_model(config), load_task_model(config)
+    apply_adapter(merged, loaded)
+    merge(merged.model)
+    for name, (A, B) in lora_matrices(loaded).items():
+        found = merged.model.get_submodule(name).weight - plain.model.get_submodule(name).weight
+        np.testing.assert_allclose(B @ A, found.detach().numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
