@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import tomllib
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -19,56 +17,19 @@ from pathlib import Path
 from typing import Any, Self
 
 from .errors import ConfigError
-from .paths import expand
+from .method_config import LORA_FAMILY as LORA_FAMILY
+from .method_config import METHODS as METHODS
+from .method_config import LoraConfig, LoraXsConfig, RandloraConfig, VeraConfig
+from .settings import Scalar as Scalar
+from .settings import Section as Section
+from .settings import dashed, help_of, parsed, resolve_path, scalar
+from .settings import flatten as flatten
+from .settings import option as option
 
-#: What the methods are is told in giva_core/methods, one module each, and in docs/methods.md.
-METHODS = (
-    *("giva", "lora", "ffa-lora", "rolora", "fedex-lora", "vera", "osora", "randlora", "lora-xs"),
-    *("full", "head"),
-)
-LORA_FAMILY = ("lora", "ffa-lora", "rolora", "fedex-lora")
 INITS = ("rand", "topsv", "secsv", "rowalign")
 MODES = ("fedavg", "alternate", "exact")
 TASKS = ("classification", "multilabel", "regression")
 ALL_LINEAR = "all-linear"
-
-Scalar = str | int | float | bool
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[Any, ...] = (),
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-) -> Any:
-    """A config field: its default, its help text and the values it accepts."""
-    limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
-    return field(default=default, metadata={"help": help, **limits})
-
-
-class Section:
-    """Base of the frozen sections: every field is checked against its limits when the section is made."""
-
-    _prefix: typing.ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        for spec in fields(self):  # type: ignore[arg-type]
-            _check_limits(f"{self._prefix}{_dashed(spec.name)}", getattr(self, spec.name), spec.metadata)
-
-    def to_json(self) -> str:
-        """JSON of the section's fields, named as in TOML, keys sorted."""
-        values = {_dashed(spec.name): getattr(self, spec.name) for spec in fields(self)}  # type: ignore[arg-type]
-        return json.dumps(values, sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The inverse of `to_json`; unknown keys are refused."""
-        name = cls._prefix.rstrip(".")
-        section: Self = getattr(RunConfig.from_nested({name: json.loads(text)}), name)
-        return section
 
 
 @dataclass(frozen=True)
@@ -124,45 +85,6 @@ class GivaConfig(Section):
         """Columns q of a layer's sketch: r (2r for `secsv`) plus oversampling, at most `limit` = min(d_out, d_in)."""
         wanted = (2 * r if self.init == "secsv" else r) + self.oversampling
         return min(wanted, limit)
-
-
-@dataclass(frozen=True)
-class LoraConfig(Section):
-    """LoRA (Hu et al., arXiv:2106.09685) and its federated forms: ffa-lora, rolora, fedex-lora."""
-
-    _prefix = "lora."
-    rank: int = option(8, "rank of the matrices", minimum=1)
-    alpha: float = option(16.0, "scale numerator: the update is scaled by alpha / rank", above=0.0)
-
-
-@dataclass(frozen=True)
-class VeraConfig(Section):
-    """The method vera (Kopiczko et al., arXiv:2310.11454), through PEFT's layers."""
-
-    _prefix = "vera."
-    rank: int = option(256, "rank of the random matrices that all layers share", minimum=1)
-    d_initial: float = option(0.1, "what the vector d starts at", above=0.0)
-
-
-@dataclass(frozen=True)
-class RandloraConfig(Section):
-    """The method randlora (Albert et al., arXiv:2502.00987), through PEFT's layers."""
-
-    _prefix = "randlora."
-    rank: int = option(32, "rank of each random basis; min(d_out, d_in) / rank of them make full rank", minimum=1)
-    alpha: float = option(640.0, "scale numerator: the update is scaled by alpha / rank", above=0.0)
-
-
-@dataclass(frozen=True)
-class LoraXsConfig(Section):
-    """The method lora-xs (Bałazy et al., arXiv:2405.17604); with bases = gradient as Fed-SB, but federated."""
-
-    _prefix = "lora_xs."
-    bases: str = option(
-        "weight",
-        "what the frozen bases are singular vectors of: the weight, or the federation's calibration gradient",
-        choices=("weight", "gradient"),
-    )
 
 
 @dataclass(frozen=True)
@@ -359,14 +281,8 @@ class RunConfig(Section):
         known = option_types()
         values: dict[str, dict[str, Any]] = {}
         for key, value in flat.items():
-            if key not in known:
-                raise ConfigError(
-                    f"there is no setting '{key}'",
-                    expected=_nearest(key, known),
-                    cause="a typing error, or a setting of another version",
-                )
             section, _, name = key.rpartition(".")
-            values.setdefault(section, {})[name.replace("-", "_")] = _convert(key, value, known[key])
+            values.setdefault(section, {})[name.replace("-", "_")] = parsed(key, value, known)
         top = values.pop("", {})
         sections = typing.get_type_hints(cls)
         return cls(**top, **{name: sections[name](**items) for name, items in values.items()})
@@ -389,7 +305,7 @@ class RunConfig(Section):
         for key in ("data.folder", "model.path"):
             value = flat.get(key)
             if isinstance(value, str) and value:
-                flat[key] = _resolve_path(value, path.parent)
+                flat[key] = resolve_path(value, path.parent)
         return cls.from_flat({**flat, **(overrides or {})})
 
     # -- forms --------------------------------------------------------------------------------------------------------
@@ -401,9 +317,9 @@ class RunConfig(Section):
             value = getattr(self, spec.name)
             if isinstance(value, Section):
                 for inner in fields(value):  # type: ignore[arg-type]
-                    flat[f"{spec.name}.{_dashed(inner.name)}"] = _scalar(getattr(value, inner.name))
+                    flat[f"{spec.name}.{dashed(inner.name)}"] = scalar(getattr(value, inner.name))
             else:
-                flat[_dashed(spec.name)] = _scalar(value)
+                flat[dashed(spec.name)] = scalar(value)
         return flat
 
     def to_json(self) -> str:
@@ -443,9 +359,9 @@ def option_types() -> dict[str, Any]:
     for name, hint in typing.get_type_hints(RunConfig).items():
         if isinstance(hint, type) and issubclass(hint, Section):
             inner = typing.get_type_hints(hint)
-            found.update({f"{name}.{_dashed(spec.name)}": inner[spec.name] for spec in fields(hint)})  # type: ignore[arg-type]
+            found.update({f"{name}.{dashed(spec.name)}": inner[spec.name] for spec in fields(hint)})  # type: ignore[arg-type]
         elif name != "_prefix":
-            found[_dashed(name)] = hint
+            found[dashed(name)] = hint
     return found
 
 
@@ -456,10 +372,10 @@ def describe_options() -> list[tuple[str, str, str]]:
         section = getattr(RunConfig(), spec.name)
         if isinstance(section, Section):
             for inner in fields(section):  # type: ignore[arg-type]
-                key = f"{spec.name}.{_dashed(inner.name)}"
-                rows.append((key, str(_scalar(getattr(section, inner.name))), _help(inner.metadata)))
+                key = f"{spec.name}.{dashed(inner.name)}"
+                rows.append((key, str(scalar(getattr(section, inner.name))), help_of(inner.metadata)))
         else:
-            rows.append((_dashed(spec.name), str(_scalar(section)), _help(spec.metadata)))
+            rows.append((dashed(spec.name), str(scalar(section)), help_of(spec.metadata)))
     return rows
 
 
@@ -479,102 +395,3 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             value = text  # a name, run id or revision that happens to look like a number or a date
         flat[key.strip()] = value
     return flat
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"giva": {"rank": 8}}` → `{"giva.rank": 8}`; a table under `strategy.options` becomes JSON text."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        name = f"{prefix}{key}"
-        if name == "strategy.options" and isinstance(value, Mapping):
-            flat[name] = json.dumps(value, sort_keys=True)
-        elif isinstance(value, Mapping):
-            flat.update(flatten(value, f"{name}."))
-        else:
-            flat[name] = value
-    return flat
-
-
-# -- parsing of single values -----------------------------------------------------------------------------------------
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _help(metadata: Mapping[str, Any]) -> str:
-    text = metadata["help"]
-    return f"{text} ({', '.join(map(str, metadata['choices']))})" if metadata["choices"] else text
-
-
-def _scalar(value: Any) -> Scalar:
-    return json.dumps(list(value), ensure_ascii=False) if isinstance(value, tuple) else value
-
-
-def _nearest(key: str, known: Mapping[str, Any]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"'{close[0]}'" if close else f"one of {', '.join(sorted(known))}"
-
-
-def _resolve_path(value: str, base: Path) -> str:
-    """A path that begins with `.`, `~` or `$GIVA_HOME` or exists beside the file becomes absolute; a hub id stays."""
-    path = expand(value)
-    if not path.is_absolute() and (value.startswith(".") or (base / path).exists()):
-        path = (base / path).resolve()
-    return str(path) if path.is_absolute() else value
-
-
-def _convert(key: str, value: Any, hint: Any) -> Any:
-    if isinstance(hint, types.UnionType):  # the only union: a name, or a list of names
-        return _names(key, value) if _is_list(value) else _convert(key, value, str)
-    if typing.get_origin(hint) is tuple:
-        return _names(key, value)
-    if hint is bool:
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            return value.lower() == "true"
-    elif hint is int:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise ConfigError(
-            f"{key} has the wrong type", got=f"{value!r} ({type(value).__name__})", expected=hint.__name__
-        )
-    return value
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) or (isinstance(value, str) and value.lstrip().startswith("["))
-
-
-def _names(key: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) and value == "":
-        return ()
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            value = None
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-        raise ConfigError(f"{key} is not a list of names", got=repr(value), expected='e.g. ["query", "value"]')
-    return tuple(value)
-
-
-def _check_limits(key: str, value: Any, limits: Mapping[str, Any]) -> None:
-    if not limits or isinstance(value, Section):
-        return
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key} is not a finite number", got=value)
-    if limits["choices"] and value not in limits["choices"]:
-        raise ConfigError(
-            f"{key} is not a known choice", got=repr(value), expected=f"one of {', '.join(map(str, limits['choices']))}"
-        )
-    if limits["minimum"] is not None and value < limits["minimum"]:
-        raise ConfigError(f"{key} is too small", got=value, expected=f"at least {limits['minimum']}")
-    if limits["maximum"] is not None and value > limits["maximum"]:
-        raise ConfigError(f"{key} is too large", got=value, expected=f"at most {limits['maximum']}")
-    if limits["above"] is not None and value <= limits["above"]:
-        raise ConfigError(f"{key} is too small", got=value, expected=f"more than {limits['above']}")
