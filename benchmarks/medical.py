@@ -31,6 +31,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GIVA_SIMULATION", "1")
 
 from giva_core.config import RunConfig, parse_assignments
+from giva_core.factored import is_residual
 from giva_core.metrics import total_metrics
 from giva_core.paths import giva_home
 from giva_core.types import RoundRecord
@@ -85,6 +86,28 @@ METHODS = {
         grid={"train.head-learning-rate": (1e-3, 2e-3, 5e-3, 1e-2), "train.head-epsilon": (1e-8, 1e-2)},
     ),
 }
+#: The table of `--baselines`; the other methods run where `--methods` names them.
+BASELINES = tuple(METHODS)
+
+
+def _rival(label: str, rates: tuple[float, ...], **settings: Any) -> Method:
+    return Method(label, settings, grid={"train.learning-rate": rates})
+
+
+_LORA_RATES = METHODS["lora"].grid["train.learning-rate"]
+METHODS |= {
+    "ffa-lora": _rival("FFA-LoRA r=8", _LORA_RATES, method="ffa-lora"),
+    "rolora": _rival("RoLoRA r=8", _LORA_RATES, method="rolora"),
+    "fedex-lora": _rival("FedEx-LoRA r=8", _LORA_RATES, method="fedex-lora"),
+    "vera": _rival("VeRA r=256", (0.005, 0.02, 0.05), method="vera"),
+    "osora": _rival("OSoRA r=8", (0.001, 0.005, 0.02), method="osora"),
+    "randlora": _rival("RandLoRA r=32", (1e-4, 5e-4, 2e-3), method="randlora"),
+    "lora-xs": _rival("LoRA-XS r=8", (0.001, 0.005, 0.02), method="lora-xs"),
+    "fed-sb": _rival(
+        "Fed-SB r=8, federated bases", (0.001, 0.005, 0.02), method="lora-xs", **{"lora_xs.bases": "gradient"}
+    ),
+    "full": _rival("all weights", (1e-5, 3e-5, 1e-4), method="full"),
+}
 #: The best of each grid by accuracy on the validation rows of seed 0, as `--examples 3000 --tune` prints them.
 TUNED: dict[str, dict[str, Any]] = {
     "giva": {"train.learning-rate": 0.05},
@@ -130,7 +153,9 @@ def configure(method: str, seed: int, examples: int, settings: dict[str, Any]) -
     spec = METHODS[method]
     folder = data_folder(examples, seed)
     longer = {} if examples == DEMO_EXAMPLES else LONGER_SETTINGS
-    config = RunConfig.from_toml(RECIPE, {**longer, **spec.settings, **TUNED[method], **settings})
+    # a method whose rate was not searched yet runs at the middle of its grid
+    tuned = TUNED.get(method) or {key: values[len(values) // 2] for key, values in spec.grid.items()}
+    config = RunConfig.from_toml(RECIPE, {**longer, **spec.settings, **tuned, **settings})
     flat = {
         "giva.seed": seed,
         "data.eval-file": "validation.jsonl",
@@ -193,10 +218,11 @@ def evaluate(store: RunStore, run_id: str, config: RunConfig, eval_file: str) ->
     if stored is None:
         raise SystemExit(f"run {run_id} has no state")
     digest = str(store.run(run_id).facts.get("bases_digest", ""))
+    residual = {name: array for name, array in stored.extra.items() if is_residual(name)}
     found = []
     for index in range(len(site_folders(local.data))):
         trainer = get_trainer(site_settings(local, {"partition-id": index}), local)
-        found.append(trainer.evaluate(stored.arrays, digest))
+        found.append(trainer.evaluate({**stored.arrays, **residual}, digest))
     total = sum(item.num_examples for item in found)
     return total_metrics(config.task.kind, found), sum(item.loss * item.num_examples for item in found) / total
 
@@ -293,7 +319,7 @@ def main() -> None:
     options = parser.parse_args()
 
     examples = options.examples
-    methods = options.methods or ([*METHODS, "svm"] if options.baselines else ["giva"])
+    methods = options.methods or ([*BASELINES, "svm"] if options.baselines else ["giva"])
     runs = [method for method in methods if method != "svm"]
     settings = parse_assignments(options.settings)
     if options.tune:

@@ -86,7 +86,8 @@ def train_alone(
 
     def one_round(phase: str, number: int, total: int, arrays: Arrays, digest: str) -> Arrays:
         started = time.monotonic()
-        names = protocol.trained_names(schema, "head" if phase == "head" else "both", digest)
+        factor = "head" if phase == "head" else aggregate.round_factor(config, number)
+        names = protocol.trained_names(schema, factor, digest)
         update: ClientUpdate = trainer.train(
             TrainRequest(arrays, number, total, digest, names, is_head_round=phase == "head")
         )
@@ -100,9 +101,9 @@ def train_alone(
     for number in range(1, config.rounds.head_rounds + 1):
         arrays = one_round("head", number, config.rounds.head_rounds, arrays, "")
     digest = ""
-    if config.method == "giva":
+    if config.is_calibrated:
         digest = trainer.build_bases(*_calibrate(trainer, arrays))
-        arrays = {**aggregate.initial_vectors(schema.layers, schema.ranks), **arrays}
+        arrays = {**aggregate.initial_vectors(schema), **arrays}
     for number in range(1, config.rounds.num_rounds + 1):
         arrays = one_round("train", number, config.rounds.num_rounds, arrays, digest)
     if output is not None:
@@ -119,7 +120,7 @@ def train_alone(
 
 def _calibrate(trainer: LocalTrainer, state: Arrays) -> tuple[Sketches, Sketches | None]:
     """All passes of the plan, each quantised twice as in a federation: once by the site, once as the aggregate."""
-    giva = trainer.config.giva
+    giva = trainer.config.bases
 
     def one_pass(number: int, stage: Stage, previous: tuple[Stage, Sketches] | None) -> Sketches:
         own, count, _ = trainer.calibrate(stage, previous[1] if previous else None, state)

@@ -20,13 +20,15 @@ from typing import Any
 import torch
 
 from giva_core import bases as bases_module
-from giva_core import calibration, checkpoint, inject, models
+from giva_core import calibration, checkpoint, inject, methods, models
 from giva_core.aggregate import RESIDUAL
 from giva_core.calibration import Sketches, Stage
 from giva_core.config import RunConfig
 from giva_core.errors import BasesError, GivaError
+from giva_core.factored import is_residual
+from giva_core.methods.lora import add_residual
 from giva_core.paths import giva_home
-from giva_core.peft_lora import inject_lora
+from giva_core.protocol import arrays_digest
 from giva_core.types import Arrays, BasesSet, ModelSchema
 
 from .training import EncodedData, pick_device
@@ -45,6 +47,7 @@ class Backbone:
     Attributes:
         task: The model with tokenizer and head.
         schema: What it trains and sends.
+        frozen_digest: Digest of what the method froze by itself; empty where it has nothing such.
         bases_digest: The bases that are in it now; empty for none.
         rows: Tokenised rows of its sites, kept for as long as the model.
     """
@@ -55,19 +58,16 @@ class Backbone:
         self.model_digest = self.task.weights_digest()
         self.task.model.to(device).requires_grad_(False)
         heads = (*self.task.head_modules, *config.giva.modules_to_save)
-        layers, ranks = inject.layer_shapes(self.task.model, config.giva, exclude=heads)
         self.trained_modules = heads
         state_names = inject.module_state_names(self.task.model, heads)
-        matrices: tuple[str, ...] = ()
-        if config.method == "lora":
-            matrices = inject_lora(self.task.model, layers, config)
-            self.task.model.to(device)
-        if config.method != "giva":
-            layers, ranks = (), ()
-        self.initial_state = inject.read_state(self.task.model, (*matrices, *state_names))
+        prepared = methods.prepare(self.task.model, config, heads)
+        self.task.model.to(device)
+        self.frozen_digest = arrays_digest(prepared.frozen) if prepared.frozen else ""
+        self.initial_state = inject.read_state(self.task.model, (*prepared.trained, *state_names))
         shapes = {name: array.shape for name, array in self.initial_state.items()}
-        self.schema = ModelSchema(tuple(layers), tuple(ranks), shapes, matrices)
+        self.schema = ModelSchema(prepared.layers, prepared.ranks, shapes, prepared.trained, prepared.form)
         self.bases_digest = ""
+        self._weights: dict[str, torch.Tensor] = {}
         self.rows: OrderedDict[Hashable, EncodedData] = OrderedDict()
         self._known: OrderedDict[str, BasesSet] = OrderedDict()
         self._latest: tuple[bytes, Any] = (b"", None)
@@ -76,7 +76,7 @@ class Backbone:
         """Build the bases from the federation's sketch and keep them: in memory, and on disk for the next process."""
 
         def make() -> BasesSet:
-            schema, giva = self.schema, self.config.giva
+            schema, giva = self.schema, self.config.bases
             made = bases_module.build_bases(schema.layers, schema.ranks, sketches, giva, coordinates)
             self._remember(made)
             checkpoint.save_bases(_cache_folder(made.digest), made)
@@ -87,7 +87,7 @@ class Backbone:
 
     def multipliers(self, stage: Stage, previous: Sketches | None) -> Arrays:
         """The matrices of a calibration pass, the same for every site of this process."""
-        schema, giva = self.schema, self.config.giva
+        schema, giva = self.schema, self.config.bases
         return self._once(
             stage.name,
             [previous or {}],
@@ -122,7 +122,8 @@ class Backbone:
             inject.remove(self.task.model)
             self.bases_digest = ""
         if digest:
-            inject.inject(self.task.model, self.bases(digest), dropout=self.config.giva.dropout)
+            kind = methods.layer_kind(self.config)
+            inject.inject(self.task.model, self.bases(digest), dropout=self.config.giva.dropout, kind=kind)
             self.task.model.to(self.device)
             self.bases_digest = digest
 
@@ -135,11 +136,13 @@ class Backbone:
     def write(self, arrays: Arrays) -> None:
         """Set vectors, head and residuals to the global arrays."""
         vector_names = self.schema.vector_shapes() if self.bases_digest else {}
-        residual = {name: array for name, array in arrays.items() if name.endswith(f".{RESIDUAL}")}
+        residual = {name: array for name, array in arrays.items() if is_residual(name)}
         inject.write_state(self.task.model, {n: a for n, a in arrays.items() if n in self.schema.state})
         if vector_names:
             inject.write_vectors(self.task.model, {n: arrays[n] for n in vector_names if n in arrays})
             inject.write_residual(self.task.model, {n.removesuffix(f".{RESIDUAL}"): a for n, a in residual.items()})
+        elif self.config.method == "fedex-lora":
+            add_residual(self.task.model, residual, self._weights)
 
     def read(self, names: tuple[str, ...]) -> Arrays:
         """The values of these arrays, in this order."""
@@ -163,7 +166,7 @@ class Backbone:
 def get_backbone(config: RunConfig, device_name: str) -> Backbone:
     """The backbone for this run in this process, loaded at the first call, and kept for runs that load the same."""
     global _loads
-    parts = (config.model, config.task, config.giva, config.lora)
+    parts = (config.model, config.task, config.giva, config.lora, config.vera, config.randlora, config.lora_xs)
     key = json.dumps([config.method, device_name, *(part.to_json() for part in parts)])
     if key not in _loaded:
         _loaded.clear()  # one at a time: two large models may not fit

@@ -45,7 +45,9 @@ class Policy(Section):
     _prefix = "policy."
     methods: tuple[str, ...] = option(("giva", "head"), "methods that this site takes part in")
     tasks: tuple[str, ...] = option(TASKS, "kinds of tasks that this site takes part in")
-    max_rank: int = option(64, "highest rank of bases, or of LoRA's matrices", minimum=1)
+    max_rank: int = option(
+        64, "highest rank of bases, or of LoRA's matrices; vera and randlora have no such limit", minimum=1
+    )
     max_local_epochs: float = option(5.0, "most passes over the site's data in a round", above=0.0)
     max_rounds: int = option(200, "most rounds of a run, head rounds among them", minimum=1)
     hours: str = option("", "local time in which tasks are begun, as 20:00-06:00; empty: always")
@@ -79,7 +81,7 @@ class Policy(Section):
     def check_run(self, config: RunConfig) -> None:
         """Refuse a run by its configuration alone, before a model is loaded or a row is read."""
         giva, train, rounds = config.giva, config.train, config.rounds
-        rank = config.lora.rank if config.method == "lora" else giva.rank
+        rank = 0 if config.method in ("vera", "randlora") else config.rank  # theirs says nothing of what leaves
         asked = (
             (config.method in self.methods, f"the method {config.method}", "methods"),
             (config.task.kind in self.tasks, f"the task {config.task.kind}", "tasks"),

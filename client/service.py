@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
-from giva_core import calibration, protocol
+from giva_core import calibration, protocol, wire
 from giva_core.config import RunConfig
 from giva_core.errors import ProtocolError, public_reason
-from giva_core.protocol import Payload
+from giva_core.protocol import Payload, TrainRequest
+from giva_core.types import ClientUpdate
+from giva_core.wire import Coding
 
 from . import backbone, trainer
+from .feedback import Feedback
 from .questions import Questions, question_digest
 from .site import SiteSettings
 from .trainer import Trainer
@@ -74,7 +78,7 @@ def _count(kind: str, request: Payload, site: Trainer, questions: Questions) -> 
     digest = question_digest(kind, Payload(request.arrays, values))
     if kind == protocol.CALIBRATE:
         stage = _stage(request).name
-        site.policy.check_calibration(stage, questions.with_one_more(stage, digest), site.config.giva)
+        site.policy.check_calibration(stage, questions.with_one_more(stage, digest), site.config.bases)
     elif kind in (protocol.HEAD, protocol.ROUND):
         stage = "train"
         site.policy.check_rounds(questions.with_one_more(stage, digest))
@@ -115,7 +119,7 @@ def _state(request: Payload, site: Trainer) -> Payload:
 
 
 def _calibrate(request: Payload, site: Trainer) -> Payload:
-    schema, giva = site.schema, site.config.giva
+    schema, giva = site.schema, site.config.bases
     previous = None
     if request.text("previous"):
         shapes = calibration.sketch_shapes(_stage(request, "previous"), schema.layers, schema.ranks, giva)
@@ -127,12 +131,13 @@ def _calibrate(request: Payload, site: Trainer) -> Payload:
 
 
 def _bases(request: Payload, site: Trainer) -> Payload:
-    sketches, coordinates = protocol.bases_from_payload(request, site.schema, site.config.giva)
+    sketches, coordinates = protocol.bases_from_payload(request, site.schema, site.config.bases)
     return Payload(values={"bases": site.build_bases(sketches, coordinates)})
 
 
 def _train(request: Payload, site: Trainer) -> Payload:
-    wanted = protocol.train_from_payload(request, site.schema)
+    coding = _coding(site)
+    wanted = protocol.train_from_payload(request, site.schema, coding)
     evaluation: Payload | str | None = None
     if wanted.evaluate:
         try:
@@ -140,12 +145,33 @@ def _train(request: Payload, site: Trainer) -> Payload:
         except Exception as error:  # the site can train all the same
             evaluation = public_reason(error)
             log.error("the evaluation beside %s failed: %s", protocol.ROUND, evaluation)
-    update = protocol.update_to_payload(site.train(wanted), wanted.train_names)
-    return update if evaluation is None else protocol.with_evaluation(update, evaluation)
+    update = site.train(wanted)
+    if coding.precision == "int8":
+        message = _with_feedback(update, wanted, coding, site)
+    else:
+        message = protocol.update_to_payload(update, wanted.train_names, coding, wanted.arrays)
+    return message if evaluation is None else protocol.with_evaluation(message, evaluation)
+
+
+def _with_feedback(update: ClientUpdate, wanted: TrainRequest, coding: Coding, site: Trainer) -> Payload:
+    """The update's message, with what rounding took from the one before; what it takes from this one is kept."""
+    feedback = Feedback.of(wanted.run, site.name, wanted.server_round, wanted.is_head_round)
+    lost = feedback.before()
+    names = wanted.train_names
+    arrays = {name: update.arrays[name] + lost[name] if name in lost else update.arrays[name] for name in names}
+    message = protocol.update_to_payload(replace(update, arrays=arrays), names, coding, wanted.arrays)
+    shapes = {name: arrays[name].shape for name in names}
+    heard = wire.decode(message.arrays, shapes, coding.precision, wanted.arrays)
+    feedback.keep({**lost, **{name: arrays[name] - heard[name] for name in names}})
+    return message
+
+
+def _coding(site: Trainer) -> Coding:
+    return protocol.coding_of(site.config.wire.precision, site.schema, site.initial_state())
 
 
 def _evaluate(request: Payload, site: Trainer) -> Payload:
-    arrays = protocol.global_from_payload(request, site.schema)
+    arrays = protocol.global_from_payload(request, site.schema, _coding(site))
     return protocol.evaluation_to_payload(site.evaluate(arrays, request.text("bases")))
 
 

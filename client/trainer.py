@@ -59,6 +59,10 @@ class Trainer(Protocol):
     """What a site can be asked."""
 
     @property
+    def name(self) -> str:
+        """The site's name."""
+
+    @property
     def config(self) -> RunConfig:
         """The run's configuration."""
 
@@ -109,16 +113,21 @@ class LocalTrainer:
         self.on_step: OnStep = lambda step, steps: None
         self._check_model()
         if site.policy:
-            site.policy.check_sketches(self.backbone.schema, config.giva)
+            site.policy.check_sketches(self.backbone.schema, config.bases)
         self._train = self._rows(site.train_path)
         if site.policy:
-            site.policy.check_sketches(self.backbone.schema, config.giva, self._calibration_vectors())
+            site.policy.check_sketches(self.backbone.schema, config.bases, self._calibration_vectors())
             used = examples_in_round(len(self._train), config.train)
             site.policy.check_rows(len(self._train), self._calibration_examples, used)
         self._head_inputs: dict[str, EncodedData] = {}
         self._eval = self._rows(site.eval_path) if site.eval_path else None
         if site.policy and self._eval and len(self._eval) < site.policy.min_eval_examples:
             self._eval = None
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.site.name
 
     @property
     def config(self) -> RunConfig:
@@ -168,6 +177,7 @@ class LocalTrainer:
             schema=self.backbone.schema,
             model_digest=self.backbone.model_digest,
             state_digest=arrays_digest(self.backbone.initial_state),
+            frozen_digest=self.backbone.frozen_digest,
             config_digest=self.config.digest(),
             versions=library_versions(),
             device=self.backbone.device.type,

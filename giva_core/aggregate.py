@@ -16,16 +16,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from .config import RunConfig
 from .errors import UpdateError
-from .types import Arrays, BasesSet, LayerShape
+from .running_mean import RunningMean
+from .types import Arrays, BasesSet, LayerShape, ModelSchema
 
 LAMBDA_O, LAMBDA_S, RESIDUAL = "lambda_o", "lambda_s", "residual"
 
 
 def weighted_mean(updates: Sequence[Arrays], weights: Sequence[int]) -> Arrays:
-    """`Σ w_k x_k / Σ w_k` by name, in float64, summed in the order given, returned as float32.
+    """`Σ w_k x_k / Σ w_k` by name, summed exactly whatever the order, returned as float32.
 
-    float32 values times integer weights are exact in float64, so the mean of one update is that update, bit for bit.
+    The mean of one update is that update, bit for bit; see `running_mean`.
 
     Args:
         updates: The sites' arrays; all with the same names and shapes.
@@ -40,30 +42,33 @@ def weighted_mean(updates: Sequence[Arrays], weights: Sequence[int]) -> Arrays:
             got=f"{len(updates)} updates with weights {list(weights)}",
             expected="at least one update, each with at least one example",
         )
-    total = float(sum(weights))
-    means: Arrays = {}
-    for name, first in updates[0].items():
-        if any(update.keys() != updates[0].keys() or update[name].shape != first.shape for update in updates):
-            raise UpdateError(f"the updates do not all have the array '{name}' in shape {first.shape}")
-        running = first.astype(np.float64) * float(weights[0])
-        for update, weight in zip(updates[1:], weights[1:], strict=True):
-            running += update[name].astype(np.float64) * float(weight)
-        means[name] = (running / total).astype(np.float32)
-    return means
+    running = RunningMean()
+    for update, weight in zip(updates, weights, strict=True):
+        running.add(update, weight)
+    return running.mean()
 
 
-def initial_vectors(layers: Sequence[LayerShape], ranks: Sequence[int]) -> Arrays:
-    """`lambda_o = 0`, `lambda_s = 1` for every layer, so that ΔW = 0."""
-    arrays: Arrays = {}
-    for layer, r in zip(layers, ranks, strict=True):
-        arrays[f"{layer.name}.{LAMBDA_O}"] = np.zeros(layer.d_out, np.float32)
-        arrays[f"{layer.name}.{LAMBDA_S}"] = np.ones(r, np.float32)
-    return arrays
+def initial_vectors(schema: ModelSchema) -> Arrays:
+    """`lambda_o = 0`, `lambda_s = 1`, or `core = 0`, for every layer, so that ΔW = 0."""
+    return {
+        name: np.full(shape, name.endswith(f".{LAMBDA_S}"), np.float32)
+        for name, shape in schema.vector_shapes().items()
+    }
 
 
 def coefficients(arrays: Arrays, layer: str) -> np.ndarray:
     """`M = lambda_o lambda_sᵀ (d_out, r)` of one layer, float64."""
     return np.outer(arrays[f"{layer}.{LAMBDA_O}"].astype(np.float64), arrays[f"{layer}.{LAMBDA_S}"].astype(np.float64))
+
+
+def layer_coefficients(arrays: Arrays, bases: BasesSet, layer: str, residual: np.ndarray | None = None) -> np.ndarray:
+    """`M (d_out, r)` of one trained layer, such that ΔW = M A: of GiVA's vectors, or of an r × r core; float64."""
+    B = bases.layers[layer].B.astype(np.float64)
+    if f"{layer}.core" in arrays:
+        found: np.ndarray = B @ arrays[f"{layer}.core"].astype(np.float64)
+        return found
+    M = coefficients(arrays, layer)
+    return (M if residual is None else M + residual) * B
 
 
 def mean_coefficients(updates: Sequence[Arrays], weights: Sequence[int], layer: str) -> np.ndarray:
@@ -118,3 +123,10 @@ def add_arrays(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]
 def alternate_factor(server_round: int) -> str:
     """The vector that `alternate` trains in this round: `lambda_o` first, since ∂L/∂lambda_s = 0 at the start."""
     return LAMBDA_O if server_round % 2 == 1 else LAMBDA_S
+
+
+def round_factor(config: RunConfig, server_round: int) -> str:
+    """Which of the adapter's arrays a training round trains: `both` kinds, or one by name."""
+    if config.method == "rolora":  # B first: A's gradient is zero for as long as B is
+        return "lora_B" if server_round % 2 == 1 else "lora_A"
+    return alternate_factor(server_round) if config.rounds.mode == "alternate" else "both"

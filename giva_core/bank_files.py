@@ -59,9 +59,9 @@ def add_task(bank: str | Path, adapter_folder: str | Path, task: str) -> Path:
         )
     adapter = load_adapter(source)
     digest = adapter.metadata.bases_digest
-    if not digest:
+    if not digest or adapter.metadata.schema.form != "vectors":
         raise CheckpointError(
-            "the adapter has no bases to share",
+            "the adapter has no bases to share, or no vectors",
             got=f"method '{adapter.metadata.config.method}'",
             expected="an adapter of method giva",
             remedy="export it in another format",

@@ -2,8 +2,8 @@
 
     adapter.json          configuration, schema, base model, versions, SHA-256 of the bases' file
     bases.safetensors     `<layer>.A (r, d_in)`, `<layer>.B (d_out, r)`; header: init, digest, layer order
-    vectors.safetensors   `<layer>.lambda_o`, `<layer>.lambda_s`, head, perhaps `<layer>.residual`; header: SHA-256 of
-                          the arrays, and the digest of the bases they were trained on
+    vectors.safetensors   `<layer>.lambda_o`, `<layer>.lambda_s` (or what another method trains), head, perhaps
+                          residuals; header: SHA-256 of the arrays, and the digest of the bases they were trained on
 
 The bases are written once. A later round replaces `vectors.safetensors` alone, which proves itself by its own header:
 one rename, so a crash leaves the earlier round or the later one. Methods without bases have no `bases.safetensors`.
@@ -27,10 +27,10 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from .aggregate import RESIDUAL
 from .bases import bases_digest
 from .config import RunConfig
 from .errors import BasesError, CheckpointError, ConfigError
+from .factored import residual_columns, residual_shapes
 from .protocol import arrays_digest
 from .types import Arrays, Bases, BasesSet, LayerShape, ModelSchema
 
@@ -69,7 +69,7 @@ class Adapter:
     Attributes:
         bases: The frozen bases; `None` for methods without.
         arrays: The trained arrays, float32: vectors and head.
-        residual: `<layer>.residual (d_out, r)` of mode `exact`; empty elsewhere.
+        residual: `<layer>.residual (d_out, r)` of mode `exact`, or fedex-lora's; empty elsewhere.
         metadata: Everything else.
     """
 
@@ -120,8 +120,10 @@ def save_adapter(
     layers = {} if bases is None else bases.layers
     shapes = tuple(LayerShape(name, layer.B.shape[0], layer.A.shape[1]) for name, layer in layers.items())
     ranks = tuple(layer.A.shape[0] for layer in layers.values())
-    vectors = ModelSchema(shapes, ranks, {}).vector_shapes()
-    schema = ModelSchema(shapes, ranks, {name: value.shape for name, value in arrays.items() if name not in vectors})
+    form = "core" if config.method == "lora-xs" else "vectors"
+    vectors = ModelSchema(shapes, ranks, {}, form=form).vector_shapes()
+    state = {name: value.shape for name, value in arrays.items() if name not in vectors}
+    schema = ModelSchema(shapes, ranks, state, form=form)
     digest = bases.digest if bases else ""
     files = {} if bases is None else {BASES_FILE: _bases_bytes(bases)}
     described = {
@@ -131,6 +133,7 @@ def save_adapter(
         "head_modules": list(head_modules),
         "layers": [[layer.name, layer.d_out, layer.d_in, r] for layer, r in zip(shapes, ranks, strict=True)],
         "state": {name: list(shape) for name, shape in schema.state.items()},
+        "form": form,
         "bases_digest": digest,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         "versions": _versions(),
@@ -302,7 +305,7 @@ def load_adapter(folder: str | Path, bases: BasesSet | None = None) -> Adapter:
     if header.get("sha256") != arrays_digest(tensors):
         raise _damaged(path, "its arrays do not have the recorded SHA-256")
     _check_shapes(path, known.schema, tensors)
-    residual = {name: value for name, value in tensors.items() if name in _residual_shapes(known.schema)}
+    residual = {name: value for name, value in tensors.items() if name in _residual_shapes(known.schema, tensors)}
     arrays = {name: value for name, value in tensors.items() if name not in residual}
     return Adapter(bases, arrays, residual, known)
 
@@ -318,9 +321,8 @@ def _load_metadata(folder: Path) -> tuple[AdapterMetadata, dict[str, str]]:
                 cause="it was written by another version", remedy="use the version that it names under 'versions'",
             )  # fmt: skip
         layers = tuple(LayerShape(name, int(d_out), int(d_in)) for name, d_out, d_in, _ in raw["layers"])
-        schema = ModelSchema(
-            layers, tuple(int(row[3]) for row in raw["layers"]), {n: tuple(s) for n, s in raw["state"].items()}
-        )
+        ranks, state = tuple(int(row[3]) for row in raw["layers"]), {n: tuple(s) for n, s in raw["state"].items()}
+        schema = ModelSchema(layers, ranks, state, form=raw.get("form", "vectors"))
         known = AdapterMetadata(
             config=RunConfig.from_flat(raw["config"]),
             schema=schema,
@@ -365,16 +367,14 @@ def _file_digest(path: Path) -> str:
         raise _damaged(path, error) from error
 
 
-def _residual_shapes(schema: ModelSchema) -> dict[str, tuple[int, ...]]:
-    return {f"{layer.name}.{RESIDUAL}": (layer.d_out, r) for layer, r in zip(schema.layers, schema.ranks, strict=True)}
+def _residual_shapes(schema: ModelSchema, tensors: Arrays) -> dict[str, tuple[int, ...]]:
+    columns = residual_columns({name: value for name, value in tensors.items() if name not in schema.state})
+    return residual_shapes(schema, columns) if columns else {}
 
 
 def _check_shapes(path: Path, schema: ModelSchema, tensors: Arrays) -> None:
     """Exactly the arrays of the schema, float32; residuals for all layers or for none."""
-    expected = {**schema.vector_shapes(), **schema.state}
-    residual = _residual_shapes(schema)
-    if tensors.keys() & residual.keys():
-        expected.update(residual)
+    expected = {**schema.vector_shapes(), **schema.state, **_residual_shapes(schema, tensors)}
     for name in sorted(expected.keys() | tensors.keys()):
         shape = tensors[name].shape if name in tensors else "no such array"
         if name not in expected or shape != tuple(expected[name]) or tensors[name].dtype != np.float32:

@@ -12,14 +12,20 @@ import json
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from .errors import ConfigError
-from .settings import Scalar, Section, convert, dashed, help_text, option, resolve_path, scalar, unknown_key
+from .method_config import LORA_FAMILY as LORA_FAMILY
+from .method_config import METHODS as METHODS
+from .method_config import LoraConfig, LoraXsConfig, RandloraConfig, VeraConfig
+from .settings import Scalar as Scalar
+from .settings import Section as Section
+from .settings import dashed, help_of, parsed, resolve_path, scalar
+from .settings import flatten as flatten
+from .settings import option as option
 
-METHODS = ("giva", "lora", "head")
 INITS = ("rand", "topsv", "secsv", "rowalign")
 MODES = ("fedavg", "alternate", "exact")
 TASKS = ("classification", "multilabel", "regression", "causal-lm", "seq2seq", "image-classification")
@@ -88,7 +94,7 @@ class GivaConfig(Section):
     """The adapter: Gangwar et al., arXiv:2604.21901; sketches and federation are this project's own."""
 
     _prefix = "giva."
-    rank: int = option(8, "rank r of the bases", minimum=1)
+    rank: int = option(8, "rank r of the bases, those of osora and lora-xs too", minimum=1)
     target_modules: str | tuple[str, ...] = option(
         ALL_LINEAR, "all-linear, a list of module-name endings, or one regular expression for the whole name"
     )
@@ -112,20 +118,13 @@ class GivaConfig(Section):
 
 
 @dataclass(frozen=True)
-class LoraConfig(Section):
-    """The LoRA baseline (Hu et al., arXiv:2106.09685), through PEFT's layers."""
-
-    _prefix = "lora."
-    rank: int = option(8, "rank of the matrices", minimum=1)
-    alpha: float = option(16.0, "scale numerator: the update is scaled by alpha / rank", above=0.0)
-
-
-@dataclass(frozen=True)
 class TrainConfig(Section):
     """Local training: AdamW on the trained arrays."""
 
     _prefix = "train."
-    learning_rate: float = option(1e-2, "peak learning rate of the vectors (or of LoRA's matrices)", above=0.0)
+    learning_rate: float = option(
+        1e-2, "peak learning rate of the vectors, or of what else the method trains", above=0.0
+    )
     head_learning_rate: float = option(1e-3, "peak learning rate of the head and of modules_to_save", above=0.0)
     warm_head_learning_rate: float = option(0.0, "peak learning rate of the head rounds; 0: the head's", minimum=0.0)
     warm_head_epochs: float = option(1.0, "passes over the site's data in a head round", above=0.0)
@@ -185,6 +184,18 @@ class RoundsConfig(Section):
 
 
 @dataclass(frozen=True)
+class WireConfig(Section):
+    """How trained numbers travel; calibration has its own `giva.sketch-bits`."""
+
+    _prefix = "wire."
+    precision: str = option(
+        "float32",
+        "trained numbers as they are, or as differences in two bytes, or in one with error feedback",
+        choices=("float32", "float16", "int8"),
+    )
+
+
+@dataclass(frozen=True)
 class StrategyConfig(Section):
     """The aggregation strategy: the project's own FedAvg, or one of Flower's by name."""
 
@@ -232,8 +243,12 @@ class RunConfig(Section):
     task: TaskConfig = field(default_factory=TaskConfig)
     giva: GivaConfig = field(default_factory=GivaConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    vera: VeraConfig = field(default_factory=VeraConfig)
+    randlora: RandloraConfig = field(default_factory=RandloraConfig)
+    lora_xs: LoraXsConfig = field(default_factory=LoraXsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    wire: WireConfig = field(default_factory=WireConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
@@ -248,12 +263,20 @@ class RunConfig(Section):
                 got=f"method = {self.method}",
                 expected="method = giva",
             )
-        if self.rounds.mode == "exact" and self.strategy.name not in ("fedavg", "fedprox"):
+        is_exact = self.rounds.mode == "exact" or self.method == "fedex-lora"
+        if is_exact and self.strategy.name not in ("fedavg", "fedprox"):
+            what = "method = fedex-lora" if self.method == "fedex-lora" else "rounds.mode = exact"
             raise ConfigError(
-                "rounds.mode = exact keeps the exact mean of the sites' products",
+                f"{what} keeps the exact mean of the sites' products",
                 got=f"strategy.name = {self.strategy.name}",
                 expected="fedavg or fedprox",
-                remedy="choose mode fedavg with this strategy",
+                remedy="choose method lora, or mode fedavg, with this strategy",
+            )
+        if self.method == "full" and (self.model.dtype != "float32" or self.giva.dropout):
+            raise ConfigError(
+                "method = full trains the weights themselves, in float32, and has no adapter to drop inputs of",
+                got=f"model.dtype = {self.model.dtype}, giva.dropout = {self.giva.dropout:g}",
+                expected="float32 and 0",
             )
         if self.rounds.quorum > self.rounds.min_sites:
             raise ConfigError(
@@ -302,6 +325,24 @@ class RunConfig(Section):
                     "strategy.options is not a JSON object", got=self.strategy.options, expected='e.g. {"eta": 0.1}'
                 )
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the federation sketches its gradient for this run, and builds bases from it."""
+        return self.method == "giva" or (self.method == "lora-xs" and self.lora_xs.bases == "gradient")
+
+    @property
+    def rank(self) -> int:
+        """The rank of the run's method; 0 where it has none."""
+        if self.method in LORA_FAMILY:
+            return self.lora.rank
+        ranks = {"vera": self.vera.rank, "randlora": self.randlora.rank, "full": 0, "head": 0}
+        return ranks.get(self.method, self.giva.rank)
+
+    @property
+    def bases(self) -> GivaConfig:
+        """The settings of the run's bases: `giva`'s, but methods that need singular vectors on both sides get them."""
+        return self.giva if self.method == "giva" else replace(self.giva, init="topsv")
+
     # -- sources ------------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -310,10 +351,8 @@ class RunConfig(Section):
         known = option_types()
         values: dict[str, dict[str, Any]] = {}
         for key, value in flat.items():
-            if key not in known:
-                raise unknown_key(key, known)
             section, _, name = key.rpartition(".")
-            values.setdefault(section, {})[name.replace("-", "_")] = convert(key, value, known[key])
+            values.setdefault(section, {})[name.replace("-", "_")] = parsed(key, value, known)
         top = values.pop("", {})
         sections = typing.get_type_hints(cls)
         return cls(**top, **{name: sections[name](**items) for name, items in values.items()})
@@ -404,9 +443,9 @@ def describe_options() -> list[tuple[str, str, str]]:
         if isinstance(section, Section):
             for inner in fields(section):  # type: ignore[arg-type]
                 key = f"{spec.name}.{dashed(inner.name)}"
-                rows.append((key, str(scalar(getattr(section, inner.name))), help_text(inner.metadata)))
+                rows.append((key, str(scalar(getattr(section, inner.name))), help_of(inner.metadata)))
         else:
-            rows.append((dashed(spec.name), str(scalar(section)), help_text(spec.metadata)))
+            rows.append((dashed(spec.name), str(scalar(section)), help_of(spec.metadata)))
     return rows
 
 
@@ -425,18 +464,4 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         if not isinstance(value, str) and known.get(key.strip()) is str:
             value = text  # a name, run id or revision that happens to look like a number or a date
         flat[key.strip()] = value
-    return flat
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"giva": {"rank": 8}}` → `{"giva.rank": 8}`; a table under `strategy.options` becomes JSON text."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        name = f"{prefix}{key}"
-        if name == "strategy.options" and isinstance(value, Mapping):
-            flat[name] = json.dumps(value, sort_keys=True)
-        elif isinstance(value, Mapping):
-            flat.update(flatten(value, f"{name}."))
-        else:
-            flat[name] = value
     return flat

@@ -254,6 +254,22 @@ def rotate(columns: np.ndarray, rotation: np.ndarray) -> np.ndarray:
     return _refine(np.ldexp(_product(np.rint(np.ldexp(_finite(columns), _UNIT_BITS)), rotation), -_UNIT_BITS))
 
 
+def multiply(codes: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """`codes @ columns`, exact once `columns` are rounded to as many bits as an exact product leaves them.
+
+    Args:
+        codes: Integers `(n, q)`, of whatever type.
+        columns: Numbers `(q, k)`.
+
+    Returns:
+        float64 `(n, k)`.
+
+    Raises:
+        NumericsError: The integers leave fewer than 12 bits, or `columns` are not finite.
+    """
+    return _product(codes.astype(np.float64), _finite(columns))
+
+
 def unit_rows(codes: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     """Each row divided by its norm, float64 `(n, r)`; a zero row becomes the constant row `1/sqrt(r)`.
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import nn
 
-from . import inject
+from . import inject, methods
 from .aggregate import RESIDUAL
 from .bank_files import new_folder, refuse_existing
 from .checkpoint import Adapter, load_adapter
 from .errors import CheckpointError
+from .methods.lora import add_residual
 from .model_card import merged_card
 from .models import TaskModel, load_task_model
-from .peft_lora import inject_lora
 
 
 def apply_adapter(task: TaskModel, adapter: Adapter) -> None:
@@ -46,13 +46,14 @@ def apply_adapter(task: TaskModel, adapter: Adapter) -> None:
     vectors = known.schema.vector_shapes()
     state = {name: value for name, value in adapter.arrays.items() if name not in vectors}
     if adapter.bases is not None:
-        inject.inject(task.model, adapter.bases, known.config.giva.dropout, trainable=heads)
+        kind = methods.layer_kind(known.config)
+        inject.inject(task.model, adapter.bases, known.config.giva.dropout, trainable=heads, kind=kind)
         inject.write_vectors(task.model, {name: adapter.arrays[name] for name in vectors})
         residual = {name.removesuffix(f".{RESIDUAL}"): value for name, value in adapter.residual.items()}
         inject.write_residual(task.model, residual)
-    elif known.config.method == "lora":
-        layers, _ = inject.layer_shapes(task.model, known.config.giva, exclude=heads)
-        inject_lora(task.model, layers, known.config)
+    else:
+        methods.prepare(task.model, known.config, heads)
+        add_residual(task.model, adapter.residual, {})
     inject.write_state(task.model, state)
 
 

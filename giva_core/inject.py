@@ -113,7 +113,13 @@ def layer_shapes(
 # -- wrapping ---------------------------------------------------------------------------------------------------------
 
 
-def inject(model: nn.Module, bases: BasesSet, dropout: float = 0.0, trainable: Collection[str] = ()) -> nn.Module:
+def inject(
+    model: nn.Module,
+    bases: BasesSet,
+    dropout: float = 0.0,
+    trainable: Collection[str] = (),
+    kind: type[GivaLinear] = GivaLinear,
+) -> nn.Module:
     """Replace the layers named in `bases` by `GivaLinear`, in place, and freeze everything else.
 
     Args:
@@ -121,6 +127,7 @@ def inject(model: nn.Module, bases: BasesSet, dropout: float = 0.0, trainable: C
         bases: Bases by layer name.
         dropout: Dropout on the adapters' input, while training.
         trainable: Modules trained whole besides the vectors (head, modules to save).
+        kind: The adapted layer; a subclass trains something else between the same bases.
 
     Returns:
         `model`.
@@ -148,7 +155,7 @@ def inject(model: nn.Module, bases: BasesSet, dropout: float = 0.0, trainable: C
     for name in trainable:
         modules[name].requires_grad_(True)
     for name, layer in bases.layers.items():
-        _replace(model, name, GivaLinear(modules[name], layer.A, layer.B, dropout))
+        _replace(model, name, kind(modules[name], layer.A, layer.B, dropout))
     return model
 
 
@@ -215,7 +222,7 @@ def set_trainable(model: nn.Module, which: Collection[str]) -> None:
 def summary(model: nn.Module) -> AdapterSummary:
     """Count what is trained."""
     layers = adapted_layers(model).values()
-    vectors = sum(p.numel() for layer in layers for p in (layer.lambda_o, layer.lambda_s) if p.requires_grad)
+    vectors = sum(p.numel() for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return AdapterSummary(len(layers), vectors, trained - vectors, sum(p.numel() for p in model.parameters()))
 
@@ -224,7 +231,7 @@ def summary(model: nn.Module) -> AdapterSummary:
 
 
 def read_vectors(model: nn.Module) -> Arrays:
-    """Copies of `<layer>.lambda_o` and `<layer>.lambda_s`, float32."""
+    """Copies of `<layer>.lambda_o` and `<layer>.lambda_s` (or what else the layers train), float32."""
     return {name: _to_numpy(tensor) for name, tensor in _vectors(model).items()}
 
 
@@ -405,7 +412,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _vectors(model: nn.Module) -> dict[str, Tensor]:
     layers = adapted_layers(model)
-    return {f"{name}.{vector}": getattr(layer, vector) for name, layer in layers.items() for vector in VECTORS}
+    return {f"{name}.{vector}": getattr(layer, vector) for name, layer in layers.items() for vector in layer.vectors}
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

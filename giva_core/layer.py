@@ -8,7 +8,7 @@ pass, and a frozen residual of coefficients may be added, which keeps the exact 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -54,6 +54,9 @@ class GivaLinear(nn.Module):
     Source: arXiv:2604.21901; the folded form, the residual and `merge` are ours.
     """
 
+    #: Names of what is trained; a layer of the same bases may train something else between them.
+    vectors: ClassVar[tuple[str, ...]] = ("lambda_o", "lambda_s")
+
     lambda_o: nn.Parameter
     lambda_s: nn.Parameter
     A: Tensor
@@ -68,13 +71,18 @@ class GivaLinear(nn.Module):
         self.register_buffer("A", torch.tensor(A, dtype=torch.float32, device=device), persistent=False)
         self.register_buffer("B", torch.tensor(B, dtype=torch.float32, device=device), persistent=False)
         self.register_buffer("residual", None, persistent=False)
-        self.lambda_o = nn.Parameter(torch.zeros(self.B.shape[0], device=device, dtype=torch.float32))
-        self.lambda_s = nn.Parameter(torch.ones(self.B.shape[1], device=device, dtype=torch.float32))
+        self._start()
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.enabled = True
         self._A_cast: Tensor | None = None
         self._unmerged_weight: Tensor | None = None
         self.train(base_layer.training)
+
+    def _start(self) -> None:
+        """Make what is trained, such that ΔW = 0."""
+        d_out, r = self.B.shape
+        self.lambda_o = nn.Parameter(torch.zeros(d_out, device=self.B.device, dtype=torch.float32))
+        self.lambda_s = nn.Parameter(torch.ones(r, device=self.B.device, dtype=torch.float32))
 
     # Models look at these on what they believe to be a plain linear layer (T5 asks for `wo.weight.dtype`).
 

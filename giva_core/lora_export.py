@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from .aggregate import RESIDUAL, coefficients
+from .aggregate import RESIDUAL, layer_coefficients
 from .bank_files import new_folder
 from .checkpoint import Adapter, load_adapter
 from .errors import CheckpointError
@@ -78,27 +78,27 @@ def lora_matrices(adapter: Adapter) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """`lora_A (r, d_in)` and `lora_B (d_out, r)` by layer, float32, such that `ΔW = lora_B lora_A`.
 
     Args:
-        adapter: Of method `giva`, or one whose matrices are PEFT's already; their scale goes into `lora_B`.
+        adapter: With bases, or one whose matrices are PEFT's already; their scale goes into `lora_B`.
 
     Raises:
         CheckpointError: The adapter changes no layer but the head.
     """
+    config = adapter.metadata.config
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     if adapter.bases is not None:
-        found = {}
         for name, layer in adapter.bases.layers.items():
-            M = coefficients(adapter.arrays, name)
             kept = adapter.residual.get(f"{name}.{RESIDUAL}")
-            found[name] = (layer.A, (M if kept is None else M + kept) * layer.B)
-    else:
-        lora = adapter.metadata.config.lora
+            found[name] = (layer.A, layer_coefficients(adapter.arrays, adapter.bases, name, kept))
+    elif config.method in ("lora", "rolora"):  # of the others a part is drawn or made of the weight, or lies in it
+        lora = config.lora
         layers = [name.removesuffix(_INSIDE_A) for name in adapter.arrays if name.endswith(_INSIDE_A)]
         scale = np.float32(lora.alpha / lora.rank)
         found = {name: (adapter.arrays[name + _INSIDE_A], scale * adapter.arrays[name + _INSIDE_B]) for name in layers}
     if not found:
         raise CheckpointError(
             "the adapter has no low-rank form",
-            got=f"method '{adapter.metadata.config.method}'",
-            expected="an adapter of method giva or lora",
+            got=f"method '{config.method}'",
+            expected="an adapter of method giva, lora, rolora, or lora-xs on the gradient's bases",
             remedy="merge it into its base model instead: --format merged",
         )
     return {name: (_float32(A), _float32(B)) for name, (A, B) in found.items()}

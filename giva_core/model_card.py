@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .checkpoint import Adapter
-from .config import ANSWER_TASKS, RunConfig, TaskConfig
+from .config import ANSWER_TASKS, LORA_FAMILY, RunConfig, TaskConfig
 
 #: The Hub's name of the task, and transformers' class for models with its own head, by `task.kind`.
 _PIPELINES = {
@@ -15,6 +15,19 @@ _CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "image-classification": "AutoModelForImageClassification",
+}
+
+#: Every method but `head` and `giva`, and where it is defined.
+SOURCES = {
+    "lora": "LoRA (arXiv:2106.09685)",
+    "ffa-lora": "FFA-LoRA (arXiv:2403.12313)",
+    "rolora": "RoLoRA (arXiv:2502.01755)",
+    "fedex-lora": "FedEx-LoRA (arXiv:2410.09432)",
+    "vera": "VeRA (arXiv:2310.11454)",
+    "osora": "OSoRA (arXiv:2505.14350)",
+    "randlora": "RandLoRA (arXiv:2502.00987)",
+    "lora-xs": "LoRA-XS (arXiv:2405.17604, arXiv:2502.15436)",
+    "full": "all weights, averaged (arXiv:1602.05629)",
 }
 
 
@@ -82,9 +95,10 @@ def _method(config: RunConfig, layers: int) -> str:
         return (
             f"GiVA (arXiv:2604.21901), rank {giva.rank}, init {giva.init}, {layers} layers, mode {config.rounds.mode}"
         )
-    if config.method == "lora":
-        return f"LoRA (arXiv:2106.09685), rank {config.lora.rank}, alpha {config.lora.alpha:g}"
-    return "the task head alone"
+    if config.method == "head":
+        return "the task head alone"
+    alpha = f", alpha {config.lora.alpha:g}" if config.method in LORA_FAMILY else ""
+    return SOURCES[config.method] + (f", rank {config.rank}{alpha}" if config.rank else "")
 
 
 def _merged_usage(config: RunConfig) -> str:

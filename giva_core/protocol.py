@@ -1,7 +1,6 @@
 """What server and site say to each other, apart from any transport.
 
-A message is a `Payload`: a few named arrays and a few scalars. Trained arrays travel packed into one float32 vector,
-in an order that both sides derive from the run's schema, so that a round costs four bytes a number and no names.
+A message is a `Payload`: a few named arrays and a few scalars, packed as `packing` and `wire` have it.
 
 | kind | server → site | site → server |
 |---|---|---|
@@ -18,162 +17,38 @@ in an order that both sides derive from the run's schema, so that a round costs 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from . import calibration
+from . import calibration, wire
+from .aggregate import initial_vectors
 from .calibration import Sketches
 from .config import GivaConfig
 from .errors import ProtocolError
+from .factored import residual_columns, residual_shapes
+from .packing import EXPONENT_FLOOR as EXPONENT_FLOOR
+from .packing import EXPONENT_LIMIT as EXPONENT_LIMIT
+from .packing import Payload as Payload
+from .packing import Shapes
+from .packing import Value as Value
+from .packing import arrays_digest as arrays_digest
+from .packing import pack as pack
+from .packing import pack_sketches as pack_sketches
+from .packing import unpack as unpack
+from .packing import unpack_sketches as unpack_sketches
 from .sites import SITE_NAME as SITE_NAME
-from .types import Arrays, ClientUpdate, LayerShape, ModelSchema, QuantisedSketch, SiteEvaluation
+from .types import Arrays, ClientUpdate, LayerShape, ModelSchema, SiteEvaluation
+from .wire import PLAIN, Coding
 
 #: Raised with every change of a message's form; the server turns away sites of another version.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 HELLO, STATE, FINISH = "query.hello", "query.state", "query.finish"
 HEAD, CALIBRATE, BASES, ROUND = "train.head", "train.calibrate", "train.bases", "train.round"
 EVALUATE = "evaluate.round"
-
-#: Largest exponent of a sketch; float32 needs no more, and the mean of such sketches stays in the range of `exact`.
-EXPONENT_LIMIT = 128
-#: Smallest exponent; a vanishing gradient has such, and does no harm.
-EXPONENT_FLOOR = -200
-
-Value = str | int | float | bool
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Payload:
-    """The content of one message: arrays by name and scalars by name."""
-
-    arrays: Arrays = field(default_factory=dict)
-    values: dict[str, Value] = field(default_factory=dict)
-
-    def value(self, name: str, kind: type) -> Value:
-        """The scalar `name`, checked to be of type `kind` (an int counts as a float)."""
-        value = self.values.get(name)
-        if kind is float and type(value) is int:
-            return float(value)
-        if value is None or type(value) is not kind:
-            raise ProtocolError(
-                f"a message lacks '{name}'",
-                got=type(value).__name__,
-                expected=kind.__name__,
-                public=f"message lacks {name}",
-            )
-        return value
-
-    def text(self, name: str) -> str:
-        """The text `name`."""
-        return str(self.value(name, str))
-
-    def integer(self, name: str) -> int:
-        """The integer `name`."""
-        return int(self.value(name, int))
-
-    def number(self, name: str) -> float:
-        """The float `name`."""
-        return float(self.value(name, float))
-
-    def flag(self, name: str) -> bool:
-        """The truth value `name`."""
-        return bool(self.value(name, bool))
-
-    def array(self, name: str) -> np.ndarray:
-        """The array `name`."""
-        if name not in self.arrays:
-            raise ProtocolError(
-                f"a message lacks the array '{name}'", got=sorted(self.arrays), public=f"message lacks {name}"
-            )
-        return self.arrays[name]
-
-
-# -- packing ----------------------------------------------------------------------------------------------------------
-
-
-def pack(arrays: Arrays, names: Sequence[str]) -> np.ndarray:
-    """The arrays, flattened in C order and joined in the order of `names`: float32 `(n,)`."""
-    parts = [np.ascontiguousarray(arrays[name], dtype=np.float32).ravel() for name in names]
-    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
-
-
-def unpack(vector: np.ndarray, shapes: Shapes) -> Arrays:
-    """The inverse of `pack`: copies by name, in the order of `shapes`.
-
-    Raises:
-        ProtocolError: The vector is not one-dimensional float32 of the length that `shapes` adds up to.
-    """
-    sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()]
-    if vector.dtype != np.float32 or vector.ndim != 1 or vector.size != sum(sizes):
-        raise ProtocolError(
-            "the packed arrays do not fit the run's schema",
-            got=f"{vector.dtype} {vector.shape}",
-            expected=f"float32 ({sum(sizes)},)",
-            cause="another model, rank or list of targets",
-            public=f"packed arrays have {vector.size} numbers, expected {sum(sizes)}",
-        )
-    ends = np.cumsum(sizes)
-    return {
-        name: vector[end - size : end].reshape(shape).copy()
-        for (name, shape), size, end in zip(shapes.items(), sizes, ends, strict=True)
-    }
-
-
-def pack_sketches(sketches: Mapping[str, QuantisedSketch], names: Sequence[str]) -> Arrays:
-    """Codes and exponents of all layers, each joined into one vector."""
-    return {
-        "codes": np.concatenate([sketches[name].codes.ravel() for name in names]),
-        "exponents": np.concatenate([sketches[name].exponents for name in names]).astype(np.int16),
-    }
-
-
-def unpack_sketches(payload: Payload, shapes: Mapping[str, tuple[int, int]]) -> dict[str, QuantisedSketch]:
-    """The inverse of `pack_sketches`; the codes are views of the payload's array.
-
-    Raises:
-        ProtocolError: Lengths or types do not fit `shapes`.
-    """
-    codes, exponents = payload.array("codes"), payload.array("exponents")
-    numbers, columns = sum(n * q for n, q in shapes.values()), sum(q for _, q in shapes.values())
-    if (
-        codes.dtype.kind != "i"
-        or codes.dtype.itemsize > 4
-        or codes.shape != (numbers,)
-        or exponents.shape != (columns,)
-    ):
-        raise ProtocolError(
-            "the sketches do not fit the run's schema",
-            got=f"{codes.dtype} {codes.shape}, {exponents.shape}",
-            expected=f"integers ({numbers},), ({columns},)",
-            public="sketches do not fit the schema",
-        )
-    if exponents.dtype != np.int16 or np.any((exponents < EXPONENT_FLOOR) | (exponents > EXPONENT_LIMIT)):
-        raise ProtocolError("a sketch's exponents are out of range", public="sketch exponents out of range")
-    found, start, column = {}, 0, 0
-    for name, (n, q) in shapes.items():
-        found[name] = QuantisedSketch(
-            codes[start : start + n * q].reshape(n, q), exponents[column : column + q].astype(np.int32)
-        )
-        start, column = start + n * q, column + q
-    return found
-
-
-def arrays_digest(arrays: Arrays) -> str:
-    """SHA-256 (hex) over names, shapes and little-endian float32 bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name}{arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name], dtype="<f4").tobytes())
-    return digest.hexdigest()
-
-
-# -- messages ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -190,6 +65,7 @@ class Hello:
         config_digest: SHA-256 of the agreed settings.
         versions: Library versions, as text.
         device: Type of the device it trains on.
+        frozen_digest: SHA-256 of what the method froze by itself, of seed or weights; empty where it has nothing such.
     """
 
     site: str
@@ -201,6 +77,7 @@ class Hello:
     config_digest: str
     versions: str
     device: str
+    frozen_digest: str = ""
 
     def to_payload(self) -> Payload:
         """As a message."""
@@ -210,6 +87,7 @@ class Hello:
             ],
             "state": {name: list(shape) for name, shape in self.schema.state.items()},
             "adapter": list(self.schema.adapter),
+            "form": self.schema.form,
         }
         own = {name: value for name, value in vars(self).items() if name != "schema"}
         return Payload(values={**own, "schema": json.dumps(schema), "protocol": PROTOCOL_VERSION})
@@ -228,10 +106,11 @@ class Hello:
             raw = json.loads(payload.text("schema"))
             rows = [(str(name), int(d_out), int(d_in), int(r)) for name, d_out, d_in, r in raw["layers"]]
             state = {str(name): tuple(int(n) for n in shape) for name, shape in raw["state"].items()}
-            adapter = tuple(str(name) for name in raw["adapter"])
+            adapter, form = tuple(str(name) for name in raw["adapter"]), str(raw["form"])
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ProtocolError("a site's schema cannot be read", got=type(error).__name__) from None
-        schema = ModelSchema(tuple(LayerShape(*row[:3]) for row in rows), tuple(row[3] for row in rows), state, adapter)
+        layers, ranks = tuple(LayerShape(*row[:3]) for row in rows), tuple(row[3] for row in rows)
+        schema = ModelSchema(layers, ranks, state, adapter, form)
         if not SITE_NAME.fullmatch(payload.text("site")):
             raise ProtocolError("a site's name has other characters than letters, digits, '.', '_' and '-'")
         return cls(
@@ -244,6 +123,7 @@ class Hello:
             config_digest=payload.text("config_digest"),
             versions=payload.text("versions"),
             device=payload.text("device"),
+            frozen_digest=payload.text("frozen_digest"),
         )
 
 
@@ -260,6 +140,7 @@ class TrainRequest:
         is_head_round: Whether the head alone is trained, before calibration.
         evaluate: Whether to evaluate the global arrays as well, before training from them: one message less a round.
         proximal_mu: Weight of FedProx's proximal term (Li et al., arXiv:1812.06127); 0 for none.
+        run: Id of the run, by which a site keeps what rounding took from its updates; empty where nothing is kept.
     """
 
     arrays: Arrays
@@ -270,29 +151,53 @@ class TrainRequest:
     proximal_mu: float = 0.0
     is_head_round: bool = False
     evaluate: bool = False
+    run: str = ""
 
 
-def global_to_payload(arrays: Arrays, schema: ModelSchema, bases_digest: str) -> Payload:
-    """The global arrays as a message: everything trained, and the residuals of the mode `exact` where there are any."""
-    shapes = global_shapes(schema, bases_digest, any(name.endswith(".residual") for name in arrays))
-    return Payload({"state": pack(arrays, list(shapes))}, {"bases": bases_digest})
+def coding_of(precision: str, schema: ModelSchema, initial_state: Arrays) -> Coding:
+    """The form of a run's numbers; server and sites know the run's start, the sites by having made it themselves."""
+    return PLAIN if precision == "float32" else Coding(precision, {**initial_vectors(schema), **initial_state})
 
 
-def global_from_payload(payload: Payload, schema: ModelSchema) -> Arrays:
-    """The inverse of `global_to_payload`."""
-    vector, digest = payload.array("state"), payload.text("bases")
-    plain = global_shapes(schema, digest, False)
-    has_residual = vector.size != sum(int(np.prod(shape)) for shape in plain.values())
-    return unpack(vector, global_shapes(schema, digest, has_residual))
+def global_to_payload(arrays: Arrays, schema: ModelSchema, bases_digest: str, coding: Coding = PLAIN) -> Payload:
+    """The global arrays as a message: everything trained, residuals where there are any, and a digest where rounded."""
+    columns = residual_columns(arrays)
+    shapes = global_shapes(schema, bases_digest, columns)
+    message = wire.encode(arrays, list(shapes), coding.precision, coding.start)
+    values: dict[str, Value] = {"bases": bases_digest, "residual": columns}
+    if not coding.is_plain:
+        values["digest"] = arrays_digest(wire.decode(message, shapes, coding.precision, coding.start))
+    return Payload(message, values)
 
 
-def global_shapes(schema: ModelSchema, bases_digest: str, with_residual: bool) -> dict[str, tuple[int, ...]]:
-    """Shape by name of the global arrays, in wire order: vectors (once there are bases), state, residuals."""
+def global_from_payload(payload: Payload, schema: ModelSchema, coding: Coding = PLAIN) -> Arrays:
+    """The inverse of `global_to_payload`, but for rounding.
+
+    Raises:
+        ProtocolError: The message does not fit the schema, or the site counts from another start than the server.
+    """
+    shapes = global_shapes(schema, payload.text("bases"), payload.integer("residual"))
+    arrays = wire.decode(payload.arrays, shapes, coding.precision, coding.start)
+    if not coding.is_plain and arrays_digest(arrays) != payload.text("digest"):
+        raise ProtocolError(
+            "what this site was sent does not come out as the server has it",
+            cause="a start of the run that the server does not have",
+            remedy="start a new run",
+            public="the global arrays have another digest than the server says",
+        )
+    return arrays
+
+
+def global_shapes(schema: ModelSchema, bases_digest: str, columns: int = 0) -> dict[str, tuple[int, ...]]:
+    """Shape by name of the global arrays, in wire order: vectors (once there are bases), state, residuals.
+
+    Args:
+        schema: What the model has.
+        bases_digest: Empty before calibration, when there are no vectors.
+        columns: 0 where there is no residual; else as `factored.residual_shapes` has it, and anything for vectors.
+    """
     shapes = {**(schema.vector_shapes() if bases_digest else {}), **schema.state}
-    if with_residual and bases_digest:
-        pairs = zip(schema.layers, schema.ranks, strict=True)
-        shapes.update({f"{layer.name}.residual": (layer.d_out, r) for layer, r in pairs})
-    return shapes
+    return {**shapes, **(residual_shapes(schema, columns) if columns else {})}
 
 
 def trained_names(schema: ModelSchema, factor: str, bases_digest: str) -> tuple[str, ...]:
@@ -300,33 +205,37 @@ def trained_names(schema: ModelSchema, factor: str, bases_digest: str) -> tuple[
 
     Args:
         schema: What the model has.
-        factor: `both` vectors and the state; one vector (`lambda_o`, `lambda_s`) and the state; or the `head` alone.
+        factor: `both` vectors and the state; one factor (`lambda_o`, `lambda_s`, `lora_A`, `lora_B`) and the head; or
+            the `head` alone.
         bases_digest: Empty before calibration, when there are no vectors.
     """
     if factor == "head":
         return tuple(name for name in schema.state if name not in schema.adapter)
+    adapter = set(schema.adapter)
     vectors = schema.vector_shapes() if bases_digest else {}
-    return (*(name for name in vectors if factor == "both" or name.endswith(f".{factor}")), *schema.state)
+    resting = {name for name in (*vectors, *adapter) if factor != "both" and factor not in name.split(".")}
+    return tuple(name for name in (*vectors, *schema.state) if name not in resting)
 
 
-def train_to_payload(request: TrainRequest, schema: ModelSchema, factor: str) -> Payload:
+def train_to_payload(request: TrainRequest, schema: ModelSchema, factor: str, coding: Coding = PLAIN) -> Payload:
     """A request to train as a message."""
-    payload = global_to_payload(request.arrays, schema, request.bases_digest)
+    payload = global_to_payload(request.arrays, schema, request.bases_digest, coding)
     values: dict[str, Value] = {
         "server-round": request.server_round,
         "total-rounds": request.total_rounds,
         "factor": factor,
         "proximal-mu": request.proximal_mu,
         "evaluate": request.evaluate,
+        **({"run": request.run} if request.run else {}),
     }
     return Payload(payload.arrays, {**payload.values, **values})
 
 
-def train_from_payload(payload: Payload, schema: ModelSchema) -> TrainRequest:
+def train_from_payload(payload: Payload, schema: ModelSchema, coding: Coding = PLAIN) -> TrainRequest:
     """The inverse of `train_to_payload`."""
     digest = payload.text("bases")
     return TrainRequest(
-        arrays=global_from_payload(payload, schema),
+        arrays=global_from_payload(payload, schema, coding),
         server_round=payload.integer("server-round"),
         total_rounds=payload.integer("total-rounds"),
         bases_digest=digest,
@@ -334,6 +243,7 @@ def train_from_payload(payload: Payload, schema: ModelSchema) -> TrainRequest:
         proximal_mu=payload.number("proximal-mu"),
         is_head_round=payload.text("factor") == "head",
         evaluate=payload.flag("evaluate"),
+        run=payload.text("run") if "run" in payload.values else "",
     )
 
 
@@ -358,11 +268,22 @@ def bases_from_payload(payload: Payload, schema: ModelSchema, giva: GivaConfig) 
     return read("range", payload), (read("coordinates", Payload(extra)) if extra else None)
 
 
-def update_to_payload(update: ClientUpdate, names: Sequence[str]) -> Payload:
-    """A site's update as a message; `names` gives the wire order."""
+def update_to_payload(
+    update: ClientUpdate, names: Sequence[str], coding: Coding = PLAIN, origin: Arrays | None = None
+) -> Payload:
+    """A site's update as a message.
+
+    Args:
+        update: The update.
+        names: The wire order.
+        coding: How numbers travel.
+        origin: The global arrays as the site got them, which rounded numbers count from.
+    """
+    values: dict[str, Value] = {} if coding.is_plain else {"digest": arrays_digest(origin or {})}
     return Payload(
-        {"state": pack(update.arrays, names)},
+        wire.encode(update.arrays, names, coding.precision, origin or {}),
         {
+            **values,
             "num-examples": update.num_examples,
             "num-steps": update.num_steps,
             "train-loss": update.train_loss,
@@ -372,10 +293,29 @@ def update_to_payload(update: ClientUpdate, names: Sequence[str]) -> Payload:
     )
 
 
-def update_from_payload(payload: Payload, shapes: Shapes) -> ClientUpdate:
-    """The inverse of `update_to_payload`; raises ProtocolError where the message does not fit."""
+def update_from_payload(
+    payload: Payload, shapes: Shapes, coding: Coding = PLAIN, origin: Arrays | None = None, digest: str = ""
+) -> ClientUpdate:
+    """The inverse of `update_to_payload`, but for rounding.
+
+    Args:
+        payload: The message.
+        shapes: Shape by name of what was trained, in wire order.
+        coding: How numbers travel.
+        origin: What the server adds differences to: its own arrays, of which the site got a rounded form.
+        digest: That of the rounded form.
+
+    Raises:
+        ProtocolError: The message does not fit, or its differences count from other arrays.
+    """
+    if not coding.is_plain and payload.text("digest") != digest:
+        raise ProtocolError(
+            "an update counts from other arrays than were sent",
+            got=f"{payload.text('digest')[:12]}…",
+            expected=f"{digest[:12]}…",
+        )
     return ClientUpdate(
-        arrays=unpack(payload.array("state"), shapes),
+        arrays=wire.decode(payload.arrays, shapes, coding.precision, origin or {}),
         num_examples=payload.integer("num-examples"),
         num_steps=payload.integer("num-steps"),
         train_loss=payload.number("train-loss"),
@@ -410,6 +350,12 @@ def with_evaluation(payload: Payload, evaluation: Payload | str) -> Payload:
     arrays = {f"{_EVALUATION}{name}": array for name, array in evaluation.arrays.items()}
     values = {f"{_EVALUATION}{name}": value for name, value in evaluation.values.items()}
     return Payload({**payload.arrays, **arrays}, {**payload.values, **values})
+
+
+def without_update(payload: Payload) -> Payload:
+    """An answer to a request to train without what was trained: its scalars, and the evaluation where it has one."""
+    arrays = {name: array for name, array in payload.arrays.items() if name.startswith(_EVALUATION)}
+    return Payload(arrays, payload.values)
 
 
 def evaluation_beside(payload: Payload) -> Payload | str | None:

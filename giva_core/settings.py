@@ -1,13 +1,12 @@
-"""What a setting is: a field of a frozen section with a default, a help text and limits; and values as text."""
+"""What a setting is: a field with a default, a help text and limits; and how a file's value becomes one of its type."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -50,42 +49,64 @@ class Section:
     def from_json(cls, text: str) -> Self:
         """The inverse of `to_json`; unknown keys are refused."""
         hints = typing.get_type_hints(cls)
-        names = {dashed(spec.name): spec.name for spec in fields(cls)}  # type: ignore[arg-type]
-        values = {}
-        for key, value in json.loads(text).items():
-            if key not in names:
-                raise unknown_key(f"{cls._prefix}{key}", {f"{cls._prefix}{name}" for name in names})
-            values[names[key]] = convert(f"{cls._prefix}{key}", value, hints[names[key]])
-        return cls(**values)
+        known = {f"{cls._prefix}{dashed(spec.name)}": hints[spec.name] for spec in fields(cls)}  # type: ignore[arg-type]
+        values = flatten(json.loads(text), cls._prefix)
+        return cls(**{key.rpartition(".")[2].replace("-", "_"): parsed(key, values[key], known) for key in values})
 
 
-# -- single values ----------------------------------------------------------------------------------------------------
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"giva": {"rank": 8}}` → `{"giva.rank": 8}`; a table under `strategy.options` becomes JSON text."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        if name == "strategy.options" and isinstance(value, Mapping):
+            flat[name] = json.dumps(value, sort_keys=True)
+        elif isinstance(value, Mapping):
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+# -- single values ---------------------------------------------------------------------------------------------------
+
+
+def parsed(key: str, value: Any, known: Mapping[str, Any]) -> Any:
+    """A value as its setting's type; `known` has the type of every setting by key.
+
+    Raises:
+        ConfigError: There is no such setting, or the value is not of its type.
+    """
+    if key not in known:
+        raise ConfigError(
+            f"there is no setting '{key}'",
+            expected=_nearest(key, known),
+            cause="a typing error, or a setting of another version",
+        )
+    return _convert(key, value, known[key])
 
 
 def dashed(name: str) -> str:
-    """A field's name as TOML has it."""
+    """A field's name as files have it."""
     return name.replace("_", "-")
 
 
-def help_text(metadata: Mapping[str, Any]) -> str:
-    """A field's help, with the values that it accepts."""
+def help_of(metadata: Mapping[str, Any]) -> str:
+    """A field's help text with what it accepts."""
     text = metadata["help"]
     return f"{text} ({', '.join(map(str, metadata['choices']))})" if metadata["choices"] else text
 
 
 def scalar(value: Any) -> Scalar:
-    """A value as Flower's run config takes it: lists become JSON text."""
+    """A value as Flower's run config takes it: lists as JSON text."""
     return json.dumps(list(value), ensure_ascii=False) if isinstance(value, tuple) else value
 
 
-def unknown_key(key: str, known: Collection[str]) -> ConfigError:
-    """The error for a setting that there is not, with what may have been meant."""
+def _nearest(key: str, known: Mapping[str, Any]) -> str:
+    import difflib
+
     close = difflib.get_close_matches(key, known, n=1)
-    return ConfigError(
-        f"there is no setting '{key}'",
-        expected=f"'{close[0]}'" if close else f"one of {', '.join(sorted(known))}",
-        cause="a typing error, or a setting of another version",
-    )
+    return f"'{close[0]}'" if close else f"one of {', '.join(sorted(known))}"
 
 
 def resolve_path(value: str, base: Path) -> str:
@@ -96,14 +117,9 @@ def resolve_path(value: str, base: Path) -> str:
     return str(path) if path.is_absolute() else value
 
 
-def convert(key: str, value: Any, hint: Any) -> Any:
-    """A value as the type of its field.
-
-    Raises:
-        ConfigError: It is none of that type.
-    """
+def _convert(key: str, value: Any, hint: Any) -> Any:
     if isinstance(hint, types.UnionType):  # the only union: a name, or a list of names
-        return _names(key, value) if _is_list(value) else convert(key, value, str)
+        return _names(key, value) if _is_list(value) else _convert(key, value, str)
     if typing.get_origin(hint) is tuple:
         return _names(key, value)
     if hint is bool:

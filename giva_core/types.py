@@ -86,17 +86,22 @@ class ModelSchema:
         ranks: The effective rank of each of them.
         state: Shape by name of every array that is trained besides the vectors (head, or another method's matrices).
         adapter: Those names of `state` that are another method's matrices; head rounds leave them alone.
+        form: What is trained between the bases: `vectors`, GiVA's two, or `core`, one r × r matrix.
     """
 
     layers: tuple[LayerShape, ...]
     ranks: tuple[int, ...]
     state: Mapping[str, tuple[int, ...]]
     adapter: tuple[str, ...] = ()
+    form: str = "vectors"
 
     def vector_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape by name of `lambda_o` and `lambda_s` of every layer."""
+        """Shape by name of what every layer trains between its bases: `lambda_o` and `lambda_s`, or `core`."""
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, r in zip(self.layers, self.ranks, strict=True):
+            if self.form == "core":
+                shapes[f"{layer.name}.core"] = (r, r)
+                continue
             shapes[f"{layer.name}.lambda_o"] = (layer.d_out,)
             shapes[f"{layer.name}.lambda_s"] = (r,)
         return shapes

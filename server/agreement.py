@@ -39,7 +39,7 @@ def agree_on_bases(session: Session, arrays: Arrays) -> tuple[BasesSet, Payload]
         store.save_blob(run_id, "sketches", sketches_to_arrays(sketches, coordinates))
     started = time.monotonic()
     schema = session.schema
-    made = bases.build_bases(schema.layers, schema.ranks, sketches, config.giva, coordinates)
+    made = bases.build_bases(schema.layers, schema.ranks, sketches, config.bases, coordinates)
     if known not in (None, made.digest):
         raise BasesError(
             "the bases built from the run's stored sketches are not those that it began with",
@@ -76,7 +76,7 @@ def send_bases(session: Session, nodes: dict[str, int], message: Payload, wanted
 
 def _calibrate(session: Session, arrays: Arrays) -> tuple[Sketches, Sketches | None]:
     """All passes of the plan; returns the aggregate Y, and Z where the init needs it."""
-    rounds, giva, schema, members = session.config.rounds, session.config.giva, session.schema, session.members
+    rounds, giva, schema, members = session.config.rounds, session.config.bases, session.schema, session.members
 
     def one_pass(number: int, stage: Stage, previous: tuple[Stage, Sketches] | None) -> Sketches:
         started = time.monotonic()

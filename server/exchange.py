@@ -7,7 +7,7 @@ outcome: a payload, or a reason. Bytes are counted as serialised.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from giva_core.types import SiteRecord
 POLL_SECONDS = 0.5  # a look costs SuperLink and server some hundredths of a second of processor time each
 LOOK_SECONDS = 1.0  # from one look at who is connected to the next
 LEFT_SECONDS = 5.0  # a node may drop out of sight for a moment
+PULLED_AT_ONCE = 64  # Flower gives all answers that are there at once; a thousand updates would be held in memory
 _MESSAGE_SLACK_SECONDS = 60.0  # a reply on its way at the deadline still finds its message alive
 
 
@@ -76,6 +77,7 @@ def ask(
     deadline_seconds: float,
     group: str = "",
     instead: Mapping[str, Payload] = MappingProxyType({}),
+    take: Callable[[Answer], Answer] = lambda answer: answer,
 ) -> list[Answer]:
     """Send `payload` to every node and collect the answers.
 
@@ -87,6 +89,7 @@ def ask(
         deadline_seconds: Seconds to wait for the last answer; less where all who have not answered have left.
         group: The round, for Flower's records.
         instead: By site name, for those that are asked something else than the others.
+        take: Given every answer as it comes; what it returns is kept in its place, so that large answers need not be.
 
     Returns:
         One answer for every site, sorted by site name, whatever order they came in.
@@ -117,11 +120,13 @@ def ask(
     reason = f"no answer within {deadline_seconds:g} s"
     departure = _Departure(grid)
     while pending:
-        for reply in grid.pull_messages(list(pending)):
-            # an error reply may come from the server's own id, so the question it answers tells the site
-            node_id = pending.pop(reply.metadata.reply_to_message_id, None)
-            if node_id is not None:
-                answers[node_id] = _read(reply, names[node_id], node_id, down[node_id])
+        waited_for = list(pending)
+        for start in range(0, len(waited_for), PULLED_AT_ONCE):
+            for reply in grid.pull_messages(waited_for[start : start + PULLED_AT_ONCE]):
+                # an error reply may come from the server's own id, so the question it answers tells the site
+                node_id = pending.pop(reply.metadata.reply_to_message_id, None)
+                if node_id is not None:
+                    answers[node_id] = take(_read(reply, names[node_id], node_id, down[node_id]))
         if not pending or time.monotonic() >= ends:
             break
         if departure.is_certain(pending.values()):

@@ -137,9 +137,9 @@ class Members:
             return f"it claims more examples than rounds.max-site-examples = {limit}, or fewer than none"
         if wanted is None:
             return "no site has introduced itself"
-        for name in ("model_digest", "state_digest"):
+        named = {"model_digest": "base model", "state_digest": "starting head", "frozen_digest": "frozen part"}
+        for name, what in named.items():
             if getattr(hello, name) != getattr(wanted, name):
-                what = {"model_digest": "base model", "state_digest": "starting head"}[name]
                 return f"its {what} {getattr(hello, name)[:12]}… is not the others' {getattr(wanted, name)[:12]}…"
         return "" if _form(hello) == _form(wanted) else "its model trains other layers or shapes than the others'"
 
@@ -203,4 +203,5 @@ def _majority(hellos: list[Hello]) -> Hello | None:
 
 def _form(hello: Hello) -> tuple[object, ...]:
     schema = hello.schema  # its order counts too: arrays travel packed
-    return schema.layers, schema.ranks, tuple(schema.state.items()), hello.model_digest, hello.state_digest
+    digests = hello.model_digest, hello.state_digest, hello.frozen_digest
+    return schema.layers, schema.ranks, tuple(schema.state.items()), schema.adapter, schema.form, digests

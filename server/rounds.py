@@ -8,7 +8,7 @@ a round depends on anything but the run's seed and the stored state: a resumed r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from flwr.serverapp import Grid
@@ -17,17 +17,22 @@ from giva_core import aggregate, checkpoint, protocol
 from giva_core.config import RunConfig
 from giva_core.errors import GivaError, QuorumError
 from giva_core.protocol import Payload, TrainRequest
-from giva_core.types import Arrays, BasesSet, ClientUpdate, ModelSchema, RoundRecord, SiteRecord
+from giva_core.types import Arrays, BasesSet, ModelSchema, RoundRecord, SiteRecord
+from giva_core.wire import PLAIN
 
 from .agreement import agree_on_bases, send_bases
 from .evaluation import Due
+from .exactness import aggregated
 from .exchange import ask, site_record
 from .run_store import RunStore
 from .session import Session, mean, outcomes
 from .strategy import Aggregator, check_finite, make_aggregator
-from .updates import Accepted, merge_attempts, read_updates
+from .updates import Accepted, Intake, merge_attempts
 
+#: Sites of a round up to which their updates are kept, and the aggregation error told; of more only the sum is kept.
+KEPT_UPDATES = 64
 _FINISH_SECONDS = 10.0
+_START = "start"  # the blob with the starting head, which rounded numbers count from
 _STRATEGY = "strategy:"  # prefix of the strategy's own arrays in a stored state
 
 
@@ -77,6 +82,7 @@ class Federation:
         self.residual: Arrays = {}
         self.bases: BasesSet | None = None
         self._bases_message = Payload()
+        self._coding = PLAIN
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -104,16 +110,20 @@ class Federation:
             self._load(stored.arrays, stored.extra)
         else:
             self.arrays = self._initial_state()
+            if self.config.wire.precision != "float32":
+                self.store.save_blob(self.run_id, _START, self.arrays)
+        if (precision := self.config.wire.precision) != "float32":
+            start = self.store.load_blob(self.run_id, _START)
+            self._coding = protocol.coding_of(precision, self.session.schema, start)
         rounds = self.config.rounds
         if done["train"] == 0:
             for number in range(done["head"] + 1, rounds.head_rounds + 1):
                 self._round("head", number, rounds.head_rounds)
             self._evaluate_last("head", rounds.head_rounds)
-        if self.config.method == "giva":
+        if self.config.is_calibrated:
             self.bases, self._bases_message = agree_on_bases(self.session, self.arrays)
             if done["train"] == 0:
-                schema = self.session.schema
-                self.arrays = {**aggregate.initial_vectors(schema.layers, schema.ranks), **self.arrays}
+                self.arrays = {**aggregate.initial_vectors(self.session.schema), **self.arrays}
         for number in range(done["train"] + 1, rounds.num_rounds + 1):
             self._round("train", number, rounds.num_rounds)
         self._evaluate_last("train", rounds.num_rounds)
@@ -140,7 +150,7 @@ class Federation:
         self.members.wait()
         self.session.need(self.config.rounds.min_sites, self.session.greet(), "were admitted")
         known, reference = self.store.run(self.run_id).facts, self.session.reference
-        found = {"model_digest": reference.model_digest, "state_digest": reference.state_digest}
+        found = {name: getattr(reference, name) for name in ("model_digest", "state_digest", "frozen_digest")}
         for name, value in found.items():
             if known.get(name, value) != value:
                 raise QuorumError(
@@ -203,7 +213,7 @@ class Federation:
             )
         if due is not None:
             self._complete(due)
-        error = self._aggregate(plan, accepted.updates)
+        error = self._aggregate(plan, accepted)
         weights = [update.num_examples for update in accepted.updates]
         self.session.record(
             phase,
@@ -218,9 +228,7 @@ class Federation:
         )
 
     def _plan(self, phase: str, number: int, total: int) -> Plan:
-        factor = "head" if phase == "head" else "both"
-        if phase == "train" and self.config.rounds.mode == "alternate":
-            factor = aggregate.alternate_factor(number)
+        factor = "head" if phase == "head" else aggregate.round_factor(self.config, number)
         names = protocol.trained_names(self.session.schema, factor, self.bases_digest)
         return Plan(phase, number, total, factor, names)
 
@@ -230,35 +238,57 @@ class Federation:
         nodes = self.session.sample(rounds.fraction_train, rounds.min_sites, f"{plan.phase}-{plan.number}-{attempt}")
         start = {**self.arrays, **self.residual}
         is_head = plan.phase == "head"
-        request = TrainRequest(start, plan.number, plan.total, self.bases_digest, plan.names, mu, is_head)
-        payload = protocol.train_to_payload(request, self.session.schema, plan.factor)
-        with_evaluation = protocol.train_to_payload(replace(request, evaluate=True), self.session.schema, plan.factor)
+        run = self.run_id if self._coding.precision == "int8" else ""
+        request = TrainRequest(start, plan.number, plan.total, self.bases_digest, plan.names, mu, is_head, run=run)
+        payload = protocol.train_to_payload(request, self.session.schema, plan.factor, self._coding)
+        with_evaluation = Payload(payload.arrays, {**payload.values, "evaluate": True})
         evaluating = dict.fromkeys(nodes.keys() & due.waiting, with_evaluation) if due else {}
         resting, hellos = self.members.bench.records(nodes), self.members.hellos()
         kind = protocol.HEAD if is_head else protocol.ROUND
-        answers = self.session.ask(nodes, kind, payload, f"{plan.phase}-{plan.number}", evaluating)
+        intake = Intake(
+            hellos,
+            start,
+            plan.names,
+            self.bases_digest,
+            rounds.max_update_norm,
+            keeps=len(nodes) <= KEPT_UPDATES or not self._can_sum,
+            coding=self._coding,
+            sent_digest=str(payload.values.get("digest", "")),
+        )
+        answers = self.session.ask(nodes, kind, payload, f"{plan.phase}-{plan.number}", evaluating, intake.take)
         if due:
             due.note_updates((answer for answer in answers if answer.site in evaluating), hellos)
-        accepted = read_updates(answers, hellos, start, plan.names, self.bases_digest, rounds.max_update_norm)
+        accepted = intake.accepted(answers)
+        return replace(accepted, records=[*accepted.records, *resting])
+
+    @property
+    def _can_sum(self) -> bool:
+        """Whether a round needs no more of the updates than their mean."""
+        return self.aggregator.is_mean and self.config.rounds.mode != "exact" and self.config.method != "fedex-lora"
+
+    def _aggregate(self, plan: Plan, accepted: Accepted) -> float | None:
+        """Make the next global arrays; returns the aggregation error where there are vectors and the updates."""
+        if accepted.mean is not None:
+            self.arrays = {**self.arrays, **accepted.mean}
+            check_finite(self.arrays)
+            return None
         # what was not trained counts as unchanged, so that every strategy sees all arrays
         updates = [replace(update, arrays={**self.arrays, **update.arrays}) for update in accepted.updates]
-        return Accepted(updates, [*accepted.records, *resting])
-
-    def _aggregate(self, plan: Plan, updates: Sequence[ClientUpdate]) -> float | None:
-        """Make the next global arrays; returns the aggregation error where there are vectors."""
         made = self.aggregator.aggregate(plan.number, updates)
         check_finite(made)
         # momentum moves even what no site trained in this round; `alternate` is exact only where that stays
         made = {name: array if name in plan.names else self.arrays[name] for name, array in made.items()}
         error = None
-        if plan.phase == "train" and self.bases is not None:
-            sites = [update.arrays for update in updates]
-            weights = [update.num_examples for update in updates]
-            lost = None
-            if self.config.rounds.mode == "exact":
-                lost = aggregate.exact_residual(sites, weights, made, self.session.schema.layers)
-                self.residual = aggregate.add_arrays(self.residual, lost)
-            error = aggregate.aggregation_error(sites, weights, made, self.bases, lost)
+        if plan.phase == "train":
+            error, self.residual = aggregated(
+                self.config,
+                self.session.schema,
+                self.bases,
+                [update.arrays for update in updates],
+                [update.num_examples for update in updates],
+                made,
+                self.residual,
+            )
         self.arrays = made
         return error
 
@@ -290,7 +320,7 @@ class Federation:
         left = {site: node_id for site, node_id in self.members.nodes().items() if site in due.waiting}
         if left:
             arrays = {**self.arrays, **self.residual}
-            payload = protocol.global_to_payload(arrays, self.session.schema, self.bases_digest)
+            payload = protocol.global_to_payload(arrays, self.session.schema, self.bases_digest, self._coding)
             hellos = self.members.hellos()
             answers = self.session.ask(left, protocol.EVALUATE, payload, f"evaluate-{due.record.round}")
             due.note(answers, hellos)

@@ -77,10 +77,13 @@ class Session:
         payload: Payload,
         group: str,
         instead: Mapping[str, Payload] | None = None,
+        take: Callable[[Answer], Answer] = lambda answer: answer,
     ) -> list[Answer]:
-        """Ask sites, and take note of who did not answer and who lost its bases; `instead` as for `exchange.ask`."""
+        """Ask sites, and note who did not answer and who lost its bases; `instead`, `take` as for `exchange.ask`."""
         deadline = self.config.rounds.deadline_seconds
-        answers = ask(self.grid, nodes, kind, payload, deadline_seconds=deadline, group=group, instead=instead or {})
+        answers = ask(
+            self.grid, nodes, kind, payload, deadline_seconds=deadline, group=group, instead=instead or {}, take=take
+        )
         self.members.bench.note(answers)
         for answer in answers:
             if kind in (protocol.ROUND, protocol.EVALUATE) and answer.reason.startswith("bases"):

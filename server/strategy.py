@@ -49,7 +49,13 @@ _RESERVED = {
 
 
 class Aggregator(Protocol):
-    """What the round loop asks of a strategy."""
+    """What the round loop asks of a strategy.
+
+    Attributes:
+        is_mean: Whether `aggregate` is the mean weighted by examples, which can be summed as updates come.
+    """
+
+    is_mean: bool
 
     def prepare(self, server_round: int, arrays: Arrays) -> float:
         """Take note of the global arrays before a round; returns FedProx's mu for the sites, 0 for none."""
@@ -65,7 +71,9 @@ class Aggregator(Protocol):
 
 
 class FedAvg:
-    """Federated averaging (McMahan et al., arXiv:1602.05629), weighted by examples, summed in a fixed order."""
+    """Federated averaging (McMahan et al., arXiv:1602.05629), weighted by examples, the same in whatever order."""
+
+    is_mean = True
 
     def prepare(self, server_round: int, arrays: Arrays) -> float:
         """Nothing to send along."""
@@ -89,6 +97,8 @@ class FlowerAggregator:
     Args:
         strategy: The strategy; it samples nothing and waits for nobody, since the round loop has done both.
     """
+
+    is_mean = False
 
     def __init__(self, strategy: flower.Strategy) -> None:
         self.strategy = strategy

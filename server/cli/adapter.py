@@ -15,8 +15,6 @@ from giva_core.report import Report, Table
 from .options import store_option
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from giva_core.checkpoint import Adapter
     from server.run_store import RunStore, RunSummary
 
@@ -229,13 +227,12 @@ def _verified(folder: Path, checks: list[tuple[str, bool, str]]) -> Report:
 
 
 def _delta_norm(loaded: Adapter, layer: str) -> float | None:
-    """`‖ΔW‖_F = ‖M ∘ B‖_F`, for A has orthonormal rows; None for methods without bases."""
+    """`‖ΔW‖_F = ‖M‖_F` with ΔW = M A, for A has orthonormal rows; None for methods without bases."""
     import numpy as np
 
-    from giva_core.aggregate import RESIDUAL, coefficients
+    from giva_core.aggregate import RESIDUAL, layer_coefficients
 
     if loaded.bases is None:
         return None
-    total: np.ndarray = coefficients(loaded.arrays, layer) * loaded.bases.layers[layer].B
     kept = loaded.residual.get(f"{layer}.{RESIDUAL}")
-    return float(np.linalg.norm(total if kept is None else total + kept * loaded.bases.layers[layer].B))
+    return float(np.linalg.norm(layer_coefficients(loaded.arrays, loaded.bases, layer, kept)))

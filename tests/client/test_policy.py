@@ -68,6 +68,16 @@ def test_a_lora_s_rank_is_its_own() -> None:
     assert refused(policy, config(method="lora", lora__rank=17)) == "policy: the site's max-rank does not allow rank 17"
 
 
+def test_the_rank_of_each_method_is_held_against_the_limit_where_it_says_something() -> None:
+    policy = Policy(methods=("vera", "randlora", "osora", "full", "fedex-lora"), max_rank=16)
+    assert refused(policy, config(method="vera", vera__rank=256, giva__rank=64)) == ""
+    assert refused(policy, config(method="randlora", randlora__rank=32)) == ""
+    assert refused(policy, config(method="full", giva__rank=64)) == ""
+    assert "does not allow rank 17" in refused(policy, config(method="osora", giva__rank=17))
+    assert "does not allow rank 17" in refused(policy, config(method="fedex-lora", lora__rank=17))
+    assert "does not allow the method rolora" in refused(policy, config(method="rolora"))
+
+
 @pytest.mark.parametrize(
     ("hours", "opened", "closed"),
     [

@@ -97,7 +97,7 @@ def test_a_file_says_everything(tmp_path: Path) -> None:
         ({"policy": {"max-sketch-share": float("nan")}}, "policy.max-sketch-share is not a finite number"),
         ({"policy": {"allow-share-counts": "true"}}, "policy.allow-share-counts in the site file has the wrong type"),
         ({"policy": {"methods": "giva"}}, "policy.methods in the site file is no list of names"),
-        ({"policy": {"methods": ["giva", "full"]}}, "policy.methods names what there is not; got full"),
+        ({"policy": {"methods": ["giva", "half"]}}, "policy.methods names what there is not; got half"),
         ({"policy": {"tasks": ["images"]}}, "policy.tasks names what there is not"),
         ({"policy": {"metrics": ["f2"]}}, "policy.metrics names what there is not"),
         ({"policy": {"hours": "20-6"}}, "policy.hours is no span of time"),

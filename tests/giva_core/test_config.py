@@ -331,7 +331,7 @@ def test_help_covers_every_key_with_its_default() -> None:
     assert {key for key, _, _ in rows} == set(option_types())
     assert {key: default for key, default, _ in rows} == {key: str(v) for key, v in RunConfig().to_flat().items()}
     assert all(text for _, _, text in rows)
-    assert "(giva, lora, head)" in {key: text for key, _, text in rows}["method"]
+    assert "(giva, lora, ffa-lora," in {key: text for key, _, text in rows}["method"]
 
 
 def test_assignments_are_toml_values_or_words() -> None:

@@ -14,8 +14,8 @@ from giva_core.checkpoint import load_adapter, save_adapter
 from giva_core.config import GivaConfig, ModelConfig, RunConfig, TaskConfig
 from giva_core.errors import CheckpointError, TargetError
 from giva_core.export import apply_adapter, merge_to_folder
+from giva_core.methods.lora import put_in
 from giva_core.models import load_task_model
-from giva_core.peft_lora import inject_lora
 from giva_core.types import Bases, BasesSet
 
 TEXTS = ["a b c", "d e a a b c d e a"]
@@ -76,7 +76,7 @@ def trained_adapter(folder, config, *, residual=False):
             kept = {name: rng.normal(size=layer.B.shape).astype(np.float32) for name, layer in bases.layers.items()}
             inject.write_residual(task.model, kept)
     elif config.method == "lora":
-        names = (*inject_lora(task.model, layers, config), *names)
+        names = (*put_in(task.model, layers, ranks, config)[0], *names)
     state = inject.read_state(task.model, names)
     state = {name: (value + 0.2 * rng.normal(size=value.shape)).astype(np.float32) for name, value in state.items()}
     inject.write_state(task.model, state)

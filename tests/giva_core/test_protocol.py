@@ -237,7 +237,7 @@ def test_wire_order_is_vectors_state_residuals() -> None:
         "low.residual": (7, 3),
         "high.residual": (5, 2),
     }
-    assert list(protocol.global_shapes(SCHEMA, "", True)) == list(SCHEMA.state)
+    assert list(protocol.global_shapes(SCHEMA, "", 0)) == list(SCHEMA.state)
 
 
 def test_global_arrays_of_another_length() -> None:
@@ -332,4 +332,4 @@ def test_metrics_are_numbers() -> None:
 def test_hello_carries_no_more_than_it_says() -> None:
     values = HELLO.to_payload().values
     assert set(values) == {f.name for f in dataclasses.fields(Hello)} | {"protocol"}
-    assert set(json.loads(str(values["schema"]))) == {"layers", "state", "adapter"}
+    assert set(json.loads(str(values["schema"]))) == {"layers", "state", "adapter", "form"}

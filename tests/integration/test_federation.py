@@ -162,7 +162,8 @@ def test_baselines_run_in_the_same_loop(toy_config, store, method):
     run_id = run(toy_config.replace(method=method, lora__rank=3, train__learning_rate=1e-2), store)
     records = store.rounds(run_id)
     assert not [record for record in records if record.phase in ("calibrate", "bases")]
-    assert store.rounds(run_id, "train")[-1].aggregation_error is None
+    error = store.rounds(run_id, "train")[-1].aggregation_error
+    assert (error is None) if method == "head" else (error is not None and 0 < error < 1)
     names = store.last_state(run_id).arrays
     assert any("lora_A" in name for name in names) == (method == "lora")
     assert not any("lambda" in name for name in names)

@@ -47,8 +47,8 @@ REPLIES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "query.hello": (
         {},
         {
-            **dict.fromkeys(("site", "schema", "model_digest", "state_digest", "config_digest"), "str"),
-            **dict.fromkeys(("versions", "device"), "str"),
+            **dict.fromkeys(("site", "schema", "model_digest", "state_digest"), "str"),
+            **dict.fromkeys(("frozen_digest", "config_digest", "versions", "device"), "str"),
             **dict.fromkeys(("num_train", "num_eval", "protocol"), "int"),
         },
     ),
@@ -215,6 +215,18 @@ def test_replies_hold_these_arrays_and_values_and_nothing_of_a_row(
         assert kinds_found == values or (is_update and kinds_found == {**values, **EVALUATION}), kind
         assert not content.metric_records
     assert leaked(clinic.secrets(), said()) == set()
+
+
+def test_rounded_updates_hold_a_byte_a_number_their_scales_and_a_digest(clinic: Clinic) -> None:
+    clinic.config = clinic.config.replace(wire__precision="int8")
+    clinic.run()
+    updates = [reply.content for kind, reply in clinic.recorder.replies if kind in ("train.head", "train.round")]
+    assert updates
+    for content in updates:
+        arrays = {n: a.dtype for record in content.array_records.values() for n, a in record.items()}
+        values = {n: type(v).__name__ for record in content.config_records.values() for n, v in record.items()}
+        assert arrays == {"state": "int8", "scales": "float32"}
+        assert {n: kind for n, kind in values.items() if n not in EVALUATION} == {**UPDATE[1], "digest": "str"}
 
 
 def test_counts_leave_only_where_the_site_allows_them(clinic: Clinic) -> None:

@@ -134,6 +134,7 @@ def test_sites_of_another_run_do_not_vote() -> None:
         ({"num_eval": -1}, "or fewer than none"),
         ({"model_digest": "0" * 64}, "its base model 000000000000…"),
         ({"state_digest": "0" * 64}, "its starting head 000000000000…"),
+        ({"frozen_digest": "0" * 64}, "its frozen part 000000000000…"),
         ({"schema": replace(SCHEMA, ranks=(2,))}, "trains other layers or shapes"),
         (
             {"schema": replace(SCHEMA, state=dict(reversed(list(SCHEMA.state.items()))))},

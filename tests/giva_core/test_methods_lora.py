@@ -11,7 +11,7 @@ from torch import nn
 
 from giva_core.config import RunConfig
 from giva_core.errors import DependencyError
-from giva_core.peft_lora import inject_lora
+from giva_core.methods.lora import put_in
 from giva_core.types import LayerShape
 
 LAYERS = (LayerShape("body.0", 7, 11), LayerShape("body.2", 5, 7))
@@ -42,7 +42,7 @@ def made(seed: int = 0, torch_seed: int = 0) -> tuple[Net, Net, tuple[str, ...]]
     adapted.load_state_dict(plain.state_dict())
     config = RunConfig.from_flat({"method": "lora", "lora.rank": 3, "lora.alpha": 12.0, "giva.seed": seed})
     torch.manual_seed(torch_seed)
-    return plain, adapted, inject_lora(adapted.requires_grad_(False), LAYERS, config)
+    return plain, adapted, put_in(adapted.requires_grad_(False), LAYERS, (3, 3), config)[0]
 
 
 def test_names_are_the_matrices_of_the_target_layers_alone() -> None:
@@ -93,5 +93,5 @@ def test_start_has_peft_s_distribution() -> None:
 def test_peft_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(DependencyError, match="needs PEFT") as caught:
-        inject_lora(Net(), LAYERS, RunConfig(method="lora"))
+        put_in(Net(), LAYERS, (3, 3), RunConfig(method="lora"))
     assert caught.value.public == "PEFT not installed"
