@@ -70,12 +70,14 @@ def obtain(archive: Archive, cache: Path, offline: Path | None, progress: Callab
         return path
     path = cache / archive.filename
     if not path.exists():
-        tool, download = ("apt", _apt_download) if archive.filename.endswith(".deb") else ("pip", _pip_download)
+        is_debian = archive.filename.endswith(".deb")
+        tool, download = ("apt", _apt_download) if is_debian else ("pip", _pip_download)
         progress(f"fetching {archive.package} {archive.version} with {tool}")
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as folder:
             fetched = download(archive, Path(folder))
-            _check_hash(archive, fetched, remedy=f"check where {tool} is set to fetch packages from")
+            settings = "apt-config dump" if is_debian else "pip config list"
+            _check_hash(archive, fetched, remedy=f"check where {tool} is set to fetch packages from ({settings})")
             fetched.replace(path)
     _check_hash(archive, path, remedy=f"delete {path} and run the command again")
     return path
