@@ -9,6 +9,7 @@ goes on: a rounding error is lost then, as it would be without feedback.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class Feedback:
         kept = [file for file in files if file.stem <= self.key][-_KEPT_ROUNDS:]
         for file in set(files) - set(kept):
             file.unlink(missing_ok=True)
+        os.utime(self.folder.parent)  # the newest of the runs, though its folder has been there for long
         self._prune_runs()
 
     def _files(self) -> list[Path]:

@@ -20,6 +20,7 @@ SHOWN_COLUMNS = 20
 SETTINGS = "the columns under [data]"
 
 #: Endings of the files in a folder of images.
+_PARQUET_ROWS = 256  # held in memory at once: images are large
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -145,7 +146,7 @@ def _read_parquet(path: Path, needed: list[str], settings: str, optional: Sequen
                 require_columns(path, needed, dict.fromkeys(file.schema_arrow.names), settings)
                 _require_distinct(path, needed, file.schema_arrow.names)
                 read = [*needed, *(column for column in optional if column in file.schema_arrow.names)]
-                rows = (row for batch in file.iter_batches(columns=read) for row in batch.to_pylist())
+                rows = (row for batch in file.iter_batches(_PARQUET_ROWS, columns=read) for row in batch.to_pylist())
                 yield from enumerate(rows, start=1)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError):  # their texts may quote the file
             raise DataError(

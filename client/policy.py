@@ -63,6 +63,9 @@ class Policy(Section):
         "most columns of a layer's sketch, over all passes, as a share of min(d_out, d_in, calibration tokens)",
         minimum=0.0,
     )
+    max_generated_tokens: int = option(
+        100_000, "most tokens of an evaluation's generated answers: examples x tokens x beams", minimum=0
+    )
     min_train_examples: int = option(8, "fewest training rows of this site", minimum=0)
     min_calibration_examples: int = option(8, "fewest examples in a calibration sketch", minimum=0)
     min_eval_examples: int = option(8, "with fewer evaluation rows the site says that it has none", minimum=0)
@@ -81,7 +84,10 @@ class Policy(Section):
     def check_run(self, config: RunConfig) -> None:
         """Refuse a run by its configuration alone, before a model is loaded or a row is read."""
         giva, train, rounds = config.giva, config.train, config.rounds
-        rank = 0 if config.method in ("vera", "randlora") else config.rank  # theirs says nothing of what leaves
+        # their rank is no measure of what they train: randlora's grows as it falls. Who allows them allows any
+        rank = 0 if config.method in ("vera", "randlora") else config.rank
+        task = config.task
+        generated = task.generate_examples * task.max_new_tokens * task.beams
         asked = (
             (config.method in self.methods, f"the method {config.method}", "methods"),
             (config.task.kind in self.tasks, f"the task {config.task.kind}", "tasks"),
@@ -94,6 +100,11 @@ class Policy(Section):
                 or self.allow_target_expressions,
                 "a regular expression as giva.target-modules",
                 "allow-target-expressions",
+            ),
+            (
+                generated <= self.max_generated_tokens,
+                f"up to {generated} generated tokens in an evaluation",
+                "max-generated-tokens",
             ),
             (train.local_epochs <= self.max_local_epochs, f"{train.local_epochs:g} local epochs", "max-local-epochs"),
             (

@@ -158,7 +158,10 @@ def _with_feedback(update: ClientUpdate, wanted: TrainRequest, coding: Coding, s
     feedback = Feedback.of(wanted.run, site.name, wanted.server_round, wanted.is_head_round)
     lost = feedback.before()
     names = wanted.train_names
-    arrays = {name: update.arrays[name] + lost[name] if name in lost else update.arrays[name] for name in names}
+    own = {name: update.arrays[name] for name in names}
+    # what another run of the same name lost fits by chance or not at all
+    fits = {name: name in lost and lost[name].shape == array.shape for name, array in own.items()}
+    arrays = {name: array + lost[name] if fits[name] else array for name, array in own.items()}
     message = protocol.update_to_payload(replace(update, arrays=arrays), names, coding, wanted.arrays)
     shapes = {name: arrays[name].shape for name in names}
     heard = wire.decode(message.arrays, shapes, coding.precision, wanted.arrays)

@@ -9,6 +9,7 @@ import platform
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,9 +117,9 @@ class LocalTrainer:
             site.policy.check_sketches(self.backbone.schema, config.bases)
         self._train = self._rows(site.train_path)
         if site.policy:
-            site.policy.check_sketches(self.backbone.schema, config.bases, self._calibration_vectors())
             used = examples_in_round(len(self._train), config.train)
             site.policy.check_rows(len(self._train), self._calibration_examples, used)
+            site.policy.check_sketches(self.backbone.schema, config.bases, self._calibration_vectors())
         self._head_inputs: dict[str, EncodedData] = {}
         self._eval = self._rows(site.eval_path) if site.eval_path else None
         if site.policy and self._eval and len(self._eval) < site.policy.min_eval_examples:
@@ -320,7 +321,10 @@ def _state_of(path: Path) -> tuple[int, ...]:
     own = (status.st_mtime_ns, status.st_size, status.st_ino)
     if not path.is_dir():
         return own
-    inside = [file.stat() for file in path.rglob("*")]  # of a folder of images
+    inside = []  # of a folder of images
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):  # taken away meanwhile
+            inside.append(file.lstat())
     return (*own, len(inside), sum(found.st_size for found in inside), max((f.st_mtime_ns for f in inside), default=0))
 
 

@@ -59,7 +59,7 @@ class TaskConfig(Section):
         "texts: mean pooling, normalised, then linear, or the model's own head; images have the model's own",
         choices=("mean", "native"),
     )
-    max_length: int = option(128, "tokens after which a text is cut", minimum=1)
+    max_length: int = option(128, "tokens after which a text is cut", minimum=1, maximum=1 << 20)
     share_counts: bool = option(
         False,
         "sites send the sums that metrics are made of, so that totals are exact; for classes they reveal frequencies",
@@ -81,7 +81,7 @@ class TaskConfig(Section):
         0, "evaluation rows, from the first on, that are answered by generation for exact match; 0: none", minimum=0
     )
     beams: int = option(1, "beams of a generation; 1: greedy", minimum=1, maximum=16)
-    max_new_tokens: int = option(32, "most tokens of a generated answer", minimum=1)
+    max_new_tokens: int = option(32, "most tokens of a generated answer", minimum=1, maximum=1 << 16)
     compare: str = option(
         "text",
         "exact match of the whole text but for case and white space, or of the last number in it",

@@ -28,7 +28,7 @@ class VeraConfig(Section):
     """The method vera (Kopiczko et al., arXiv:2310.11454), through PEFT's layers."""
 
     _prefix = "vera."
-    rank: int = option(256, "rank of the random matrices that all layers share", minimum=1)
+    rank: int = option(256, "rank of the random matrices that all layers share", minimum=1, maximum=1 << 16)
     d_initial: float = option(0.1, "what the vector d starts at", above=0.0)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from .errors import DataError, NumericsError, UpdateError
 from .types import SiteEvaluation
 
-_LARGEST_LOG = 700.0  # a perplexity beyond it is no number of 64 bits
+_LARGEST_LOG = 60.0  # a perplexity beyond it says no more, and would drown those of all other sites
 
 Counts = Mapping[str, np.ndarray]
 

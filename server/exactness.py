@@ -31,8 +31,8 @@ def aggregated(
 
     Returns:
         `‖Σ w_k ΔW_k − ΔW‖_F / ‖Σ w_k ΔW_k‖_F` with ΔW of `made` and the residual. It is 0 where ΔW is linear in what is
-        averaged (ffa-lora, lora-xs), and None where the server does not know it: it holds no random or singular
-        vectors of vera, randlora and osora, and methods without an adapter have no ΔW.
+        averaged and the strategy takes the mean (ffa-lora, lora-xs), and None where the server does not know it: it
+        holds no random or singular vectors of vera, randlora and osora, and methods without an adapter have no ΔW.
     """
     if config.method == "giva" and bases is not None:
         lost = None
@@ -41,7 +41,7 @@ def aggregated(
             residual = aggregate.add_arrays(residual, lost)
         return aggregate.aggregation_error(updates, weights, made, bases, lost), residual
     if config.method in ("ffa-lora", "lora-xs"):
-        return 0.0, residual
+        return (0.0 if config.strategy.name in ("fedavg", "fedprox") else None), residual
     if config.method not in LORA_FAMILY:
         return None, residual
     pairs = factored.lora_pairs(schema.state)

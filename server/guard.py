@@ -18,7 +18,7 @@ _LARGEST_LOSS = float(np.finfo(np.float32).max)
 #: Outputs and labels are float32, so no sum of their squares over a site's examples comes near this.
 _LARGEST_MOMENT = 1e100
 #: Where a metric can lie, if not between -1 and 1.
-_RANGES = {"mse": (0.0, math.inf), "perplexity": (1.0, math.inf)}
+_RANGES = {"mse": (0.0, math.inf), "perplexity": (1.0, 1e30)}
 
 
 def check_update(update: ClientUpdate, hello: Hello, start: Arrays, bases_digest: str, max_norm: float) -> None:

@@ -28,6 +28,7 @@ import numpy as np
 from .. import exact
 from ..config import RunConfig
 from ..factored import DENSE, FACTOR_A, FACTOR_B, is_residual
+from ..layer import is_conv1d
 from ..types import Arrays, LayerShape
 from .peft_layers import put_in_peft
 
@@ -105,6 +106,6 @@ def add_residual(model: nn.Module, arrays: Mapping[str, np.ndarray], kept: dict[
                 weight.copy_(kept[layer])
                 continue
             added = parts[DENSE] if DENSE in parts else parts[FACTOR_B] @ parts[FACTOR_A]
-            if added.shape != weight.shape:  # transformers' Conv1D holds its weight transposed
+            if is_conv1d(adapted.base_layer):  # it holds its weight transposed
                 added = added.T
             weight.copy_(kept[layer] + added.to(weight.device))

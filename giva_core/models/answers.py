@@ -60,6 +60,11 @@ class AnswerModel(TaskModel):
             encoded.append(item)
         return encoded
 
+    def known_ids(self) -> set[int]:
+        """Ids that the server knows of: special ones, and those of its own words around an empty prompt."""
+        empty = self.encode_dialogue(Dialogue((("user", ""), ("assistant", ""))), self.max_positions)
+        return {*self.processor.all_special_ids, *empty["input_ids"], *empty.get("target_ids", ())}
+
     def task_loss(self, outputs: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """Mean of −log p over an example's answer tokens; `mean` or `sum` over the examples.
 

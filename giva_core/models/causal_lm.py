@@ -79,14 +79,15 @@ class CausalLM(AnswerModel):
         return len(encoded["input_ids"])
 
     def gradient_terms(self, encoded: Sequence[Encoded], layers: Sequence[str]) -> int:
-        """Answer tokens, or different tokens where these are fewer.
+        """Answer tokens, or different tokens of the site's own where these are fewer.
 
         The last layer's gradient comes from the places that predict an answer's token, and from no other. The first
-        layer of a model that turns positions in (RoPE) reads the same vector for the same token, wherever it stands.
+        layer of a model that turns positions in (RoPE) reads the same vector for the same token, wherever it stands;
+        and whoever knows a vector, as the server those of its template, can take it out of a sketch.
         """
         answers = sum(sum(item["answers"]) for item in encoded)
         different = {token for item in encoded for token in item["input_ids"][:-1]}
-        return min(answers, len(different))
+        return min(answers, len(different - self.known_ids()))
 
     def _reading(self) -> list[Any]:
         return [*self._tokenizer_reading(), self.max_positions, settings_of(self.model.config)]

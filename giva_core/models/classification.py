@@ -171,8 +171,16 @@ class SequenceClassifier(TaskModel):
         return len(encoded["input_ids"])
 
     def gradient_terms(self, encoded: Sequence[Encoded], layers: Sequence[str]) -> int:
-        """Tokens under mean pooling, which reads them all; else examples: the last layers see one token of each."""
-        return sum(map(self.length, encoded)) if self.task.head == "mean" else len(encoded)
+        """Different tokens and places under mean pooling, which reads them all; else examples, of which it reads one.
+
+        The first layer reads one vector for the same token at the same place. Special tokens are known to everybody,
+        and whoever knows a vector can take it out of a sketch.
+        """
+        if self.task.head != "mean":
+            return len(encoded)
+        special = set(self.processor.all_special_ids)
+        read = {place for item in encoded for place in enumerate(item["input_ids"]) if place[1] not in special}
+        return len(read)
 
     def _reading(self) -> list[Any]:
         probes = [self.encode([PROBE]), self.encode([PROBE], [PROBE[::-1]], max_length=12)]

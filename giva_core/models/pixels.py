@@ -23,6 +23,8 @@ FILE = "preprocessor_config.json"
 
 #: An image of more pixels is refused: a small file may hold a picture that fills the memory.
 _MOST_PIXELS = 100_000_000
+#: What is opened: Pillow knows dozens more, and starts other programs for some of them.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +99,7 @@ class PixelReader:
         return fixed
 
     def read(self, data: bytes) -> np.ndarray:
-        """Bytes `(3, height, width)` of an image file of any format that Pillow reads.
+        """Bytes `(3, height, width)` of an image file of one of `FORMATS`, of 8 bits a colour.
 
         Raises:
             DataError: They are not an image, or a far too large one.
@@ -105,14 +107,21 @@ class PixelReader:
         import PIL.Image
 
         try:
-            with PIL.Image.open(io.BytesIO(data)) as opened:
-                if opened.width * opened.height > _MOST_PIXELS:
+            with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+                target = opened.size if self.resize is None else self._target(*opened.size)
+                if max(math.prod(opened.size), math.prod(target)) > _MOST_PIXELS:
                     raise ValueError("too many pixels")
+                if opened.mode.startswith(("I", "F")):  # conversion would cut them off at 255: a white picture
+                    raise ValueError("more than 8 bits a colour")
                 image: Any = opened.convert("RGB")
+                if self.resize is not None:
+                    image = image.resize(target, resample=self.resample)
         except Exception:  # Pillow's plugins raise whatever a broken file leads them to, and may quote it
-            raise DataError("an image cannot be read", public="an image cannot be read") from None
-        if self.resize is not None:
-            image = image.resize(self._target(image.width, image.height), resample=self.resample)
+            raise DataError(
+                "an image cannot be read",
+                cause="it is broken, of another format, far too large, or has more than 8 bits a colour",
+                public="an image cannot be read",
+            ) from None
         pixels = np.asarray(image, dtype=np.uint8)
         if self.crop:
             pixels = _centre(pixels, *self.crop)

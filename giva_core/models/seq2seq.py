@@ -69,13 +69,16 @@ class Seq2Seq(AnswerModel):
         return len(encoded["input_ids"]) + len(encoded["target_ids"])
 
     def gradient_terms(self, encoded: Sequence[Encoded], layers: Sequence[str]) -> int:
-        """Tokens that the adapted halves read, or different ones where these are fewer: positions are relative."""
+        """Different tokens of the site's own that the adapted halves read: positions are relative.
+
+        What the server knows, its template's tokens, it can take out of a sketch.
+        """
+        known = self.known_ids()
         sources = [item["input_ids"] for item in encoded]
-        starts = [self._network.config.decoder_start_token_id]
-        inputs = [[*starts, *item["target_ids"][:-1]] for item in encoded]
+        inputs = [item["target_ids"][:-1] for item in encoded]
         in_encoder = all("encoder" in name.split(".") for name in layers)
         read = [sources] if in_encoder else [sources, inputs]
-        return min(len({token for ids in sequences for token in ids}) for sequences in read)
+        return min(len({token for ids in sequences for token in ids} - known) for sequences in read)
 
     def _reading(self) -> list[Any]:
         return [*self._tokenizer_reading(), self.max_positions, settings_of(self.model.config)]

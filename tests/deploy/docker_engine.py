@@ -75,7 +75,9 @@ def requirements() -> str:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     project, build = pyproject["project"], pyproject["build-system"]["requires"]
     constraints = f"-c {ROOT / 'constraints.txt'}"
-    return "\n".join([constraints, *project["dependencies"], *project["optional-dependencies"]["site"], *build])
+    extras = project["optional-dependencies"]
+    of_worker = [*project["dependencies"], *extras["site"], *extras["vision"]]
+    return "\n".join([constraints, *of_worker, *build])
 
 
 def call(script: Path, *arguments: str) -> None:

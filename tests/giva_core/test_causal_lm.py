@@ -211,12 +211,23 @@ def test_checkpointing_computes_the_same_gradient_and_can_be_switched_off(llama)
     assert not inject.adapted_layers(task.model)
 
 
+def test_the_server_s_own_words_do_not_count_as_a_site_s(llama):
+    rows = [asked("abcd", "efgh" * 8)]
+    plain = load_task_model(config_for(llama))
+    padded = load_task_model(config_for(llama, **{"prompt-template": "jklmnopqrstuvw {prompt} "}))
+    terms = [task.gradient_terms(task.encode_rows(rows, 96), []) for task in (plain, padded)]
+    assert len(padded.encode_rows(rows, 96)[0]["input_ids"]) > len(plain.encode_rows(rows, 96)[0]["input_ids"])
+    assert terms == [8, 8]
+
+
 def test_the_rank_of_the_gradient_is_bounded_by_what_predicts_answers(llama):
     task = load_task_model(config_for(llama))
     short = task.encode_rows([asked("abcdefgh", "y"), asked("ijklmnop", "z")], 48)
     assert task.gradient_terms(short, []) == 4  # two answers and two end tokens
     same = task.encode_rows([asked("a", "b" * 20)] * 3, 48)
-    assert task.gradient_terms(same, []) == 3  # a, line break, b: the first layer reads three vectors
+    assert (
+        task.gradient_terms(same, []) == 2
+    )  # a, b: of the three vectors that the first layer reads the server knows one
     matrix = gradient(task, same, "model.layers.0.self_attn.v_proj")
     assert np.linalg.matrix_rank(matrix, tol=1e-5 * np.abs(matrix).max()) <= 3
     matrix = gradient(task, short, "model.layers.1.mlp.up_proj")

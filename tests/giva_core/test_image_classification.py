@@ -138,3 +138,15 @@ def test_models_that_do_not_say_how_to_look_are_refused(tmp_path):
         load_task_model(config_for(folder))
     with pytest.raises(ConfigError, match="needs its labels"):
         load_task_model(config_for(folder, labels=[]))
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "form"),
+    [("L", (1, 60_000), "PNG"), ("I;16", (20, 20), "PNG"), ("F", (20, 20), "TIFF"), ("RGB", (20, 20), "PPM")],
+)
+def test_images_that_would_fill_memory_or_turn_white_are_refused(mode, size, form):
+    reader = PixelReader.from_settings({"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224})
+    stream = io.BytesIO()
+    Image.new(mode, size, 7).save(stream, form)
+    with pytest.raises(DataError, match="an image cannot be read"):
+        reader.read(stream.getvalue())

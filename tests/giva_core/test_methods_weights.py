@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from giva_core import inject, methods
+from giva_core import factored, inject, methods
 from giva_core.config import RunConfig
 from giva_core.errors import BasesError, ConfigError
+from giva_core.methods import lora
 from giva_core.methods.weight_bases import weight_bases
 from giva_core.protocol import arrays_digest
 from giva_core.types import LayerShape
@@ -128,3 +129,18 @@ def test_full_trains_every_array_outside_the_head_once() -> None:
 def test_settings_that_do_not_fit_a_method_are_refused(settings: dict[str, object], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         RunConfig.from_flat(settings)
+
+
+def test_a_residual_is_added_as_it_lies_where_a_square_layer_holds_its_weight_transposed() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Module()
+            self.inner.base_layer = Conv1D(4, 4)
+
+    net, residual = Square(), np.arange(16, dtype=np.float32).reshape(4, 4)
+    before = net.inner.base_layer.weight.detach().clone()
+    lora.add_residual(net, {f"inner.{factored.DENSE}": residual}, {})
+    torch.testing.assert_close(net.inner.base_layer.weight.detach(), before + torch.from_numpy(residual).T)
