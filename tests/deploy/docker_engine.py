@@ -1,6 +1,6 @@
 """A Docker engine for tests, and the ways to one.
 
-python tests/deploy/docker_engine.py     # tells by its exit code whether there is one, and starts it if it can
+python tests/deploy/docker_engine.py     # starts one where there is none, and prints the script that did
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ def call(script: Path, *arguments: str) -> None:
 
 
 def main() -> None:
-    """Exit with 0 where an engine is there now, else with the reason."""
-    if is_there(dict(os.environ)):
-        return
+    """Print the script that has started an engine, nothing where one was there; exit with the reason where none is."""
     path = script()
+    if is_there(dict(os.environ)) or (path is not None and is_there({**os.environ, **where(path)})):
+        return
     if path is None:
         sys.exit(NO_ENGINE)
     with tempfile.TemporaryFile("w+") as said:  # no pipe, as above
@@ -101,6 +101,7 @@ def main() -> None:
         if not is_there({**os.environ, **where(path)}):
             said.seek(0)
             sys.exit(f"{path.name} brought no Docker engine up: {said.read().strip()[-500:]}")
+    print(path)
 
 
 if __name__ == "__main__":
