@@ -97,10 +97,12 @@ def main() -> None:
     if path is None:
         sys.exit(NO_ENGINE)
     with tempfile.TemporaryFile("w+") as said:  # no pipe, as above
-        subprocess.run(["bash", str(path), "up"], stdout=said, stderr=subprocess.STDOUT)
-        if not is_there({**os.environ, **where(path)}):
+        steps = [
+            subprocess.run(["bash", str(path), step], stdout=said, stderr=subprocess.STDOUT) for step in ("up", "base")
+        ]
+        if any(step.returncode for step in steps):
             said.seek(0)
-            sys.exit(f"{path.name} brought no Docker engine up: {said.read().strip()[-500:]}")
+            sys.exit(f"{path.name} brought up no Docker engine with a base image: {said.read().strip()[-500:]}")
     print(path)
 
 
