@@ -59,3 +59,10 @@ def test_old_rounds_and_runs_go_and_a_damaged_file_counts_as_none(home: Path) ->
     for number in range(10):
         of(1, run=f"run-{number}").keep(lost(1.0))
     assert len(list((home / "cache" / "feedback").iterdir())) == 8
+
+
+def test_a_run_at_work_is_not_forgotten_for_younger_ones() -> None:
+    for number in range(1, 21):
+        of(number, run="old").keep(lost(float(number)))
+        of(1, run=f"young {number}").keep(lost(0.0))
+    assert of(21, run="old").before()["w"][0, 0] == 20.0

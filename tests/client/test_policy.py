@@ -171,3 +171,10 @@ def test_rounds_are_counted_whatever_the_run_s_configuration_said() -> None:
     with pytest.raises(PolicyError) as caught:
         Policy(max_rounds=3).check_rounds(4)
     assert public_reason(caught.value) == "policy: the site's max-rounds does not allow 4 rounds"
+
+
+def test_an_evaluation_may_generate_so_much() -> None:
+    asked = {"task__kind": "causal-lm", "task__generate_examples": 100, "task__beams": 4}
+    policy = Policy(max_generated_tokens=4_000)
+    assert refused(policy, config(**asked, task__max_new_tokens=10)) == ""
+    assert "does not allow up to 4400 generated tokens" in refused(policy, config(**asked, task__max_new_tokens=11))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from client import trainer
 from client.backbone import model_loads
 from client.policy import Policy, PolicyError
 from client.site import SiteSettings
@@ -181,3 +182,10 @@ def test_every_step_is_told(toy_config: RunConfig, toy_folder: Path) -> None:
     names = trained_names(trainer.schema, "head", "")
     trainer.train(TrainRequest(trainer.initial_state(), 1, 1, "", names, is_head_round=True))
     assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_broken_link_in_a_folder_of_images_is_no_fault_of_its_state(tmp_path: Path) -> None:
+    (tmp_path / "label").mkdir()
+    before = trainer._state_of(tmp_path)
+    (tmp_path / "label" / "gone.png").symlink_to(tmp_path / "nowhere")
+    assert trainer._state_of(tmp_path) != before

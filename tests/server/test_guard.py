@@ -226,6 +226,12 @@ def test_sums_of_answers_that_cannot_be_are_refused(sums: list[float], match: st
         check_evaluation(evaluation, HELLO, ANSWERING)
 
 
+def test_a_perplexity_that_would_drown_all_others_is_refused() -> None:
+    sound = real_evaluation("causal-lm")
+    with pytest.raises(UpdateError, match="metric 'perplexity' cannot be"):
+        check_evaluation(replace(sound, metrics={**sound.metrics, "perplexity": 1e300}), HELLO, ANSWERING)
+
+
 def test_a_perplexity_below_one_is_refused() -> None:
     sound = real_evaluation("causal-lm")
     with pytest.raises(UpdateError, match="metric 'perplexity' cannot be"):
