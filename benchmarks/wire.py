@@ -153,7 +153,7 @@ def schema_of(config: RunConfig, shapes: Shapes) -> ModelSchema:
     """What a run of this method trains and sends, from shapes alone."""
     init = config.bases.init
     ranks = tuple(layer.effective_rank(config.giva.rank, init) for layer in shapes.layers)
-    if config.is_calibrated:
+    if config.has_bases:
         form = "core" if config.method == "lora-xs" else "vectors"
         return ModelSchema(shapes.layers, ranks, shapes.head, form=form)
     own: dict[str, tuple[int, ...]] = {}
@@ -193,7 +193,7 @@ def count(model: str, method: str, precision: str, rounds: int, sites: int, shap
     settings = {"method": name, "wire.precision": precision, "rounds.num-rounds": rounds, **MODELS[model].settings}
     config = RunConfig.from_flat({**settings, **({"lora_xs.bases": bases} if bases else {})})
     schema = schema_of(config, shapes)
-    digest = "d" * 64 if config.is_calibrated else ""
+    digest = "d" * 64 if config.has_bases else ""
     numbers, up, down = [], [], []
     for number in range(1, rounds + 2):  # the last state travels once more, to be evaluated
         columns = (number - 1) * (sites + 1) * config.lora.rank if config.method == "fedex-lora" else 0

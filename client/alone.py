@@ -101,7 +101,7 @@ def train_alone(
     for number in range(1, config.rounds.head_rounds + 1):
         arrays = one_round("head", number, config.rounds.head_rounds, arrays, "")
     digest = ""
-    if config.is_calibrated:
+    if config.has_bases:
         digest = trainer.build_bases(*_calibrate(trainer, arrays))
         arrays = {**aggregate.initial_vectors(schema), **arrays}
     for number in range(1, config.rounds.num_rounds + 1):

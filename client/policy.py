@@ -152,22 +152,25 @@ class Policy(Section):
             columns: Counter[str] = Counter()
             for stage in plan:
                 columns[stage.side] += calibration.width(stage, layer, r, giva)
-            if max(columns.values()) > self.max_sketch_share * min(layer.d_out, layer.d_in, vectors):
+            if max(columns.values(), default=0) > self.max_sketch_share * min(layer.d_out, layer.d_in, vectors):
                 raise _refusal(
                     "sketches as wide as giva.rank, giva.oversampling and giva.power-passes make them, of so few "
                     "calibration tokens",
                     "max-sketch-share",
                 )
 
-    def check_rows(self, num_train: int, calibration_examples: int, round_examples: int) -> None:
-        """Refuse where too few examples would stand behind what leaves: rows, those of a sketch, those of a round."""
+    def check_rows(self, num_train: int, calibration_examples: int | None, round_examples: int) -> None:
+        """Refuse where too few examples would stand behind what leaves: rows, those of a sketch, those of a round.
+
+        A run without calibration has no examples of a sketch: None.
+        """
         for count, key in (
             (num_train, "min-train-examples"),
             (calibration_examples, "min-calibration-examples"),
             (round_examples, "min-round-examples"),
         ):
             least = getattr(self, key.replace("-", "_"))
-            if count < least:
+            if count is not None and count < least:
                 raise DataError(
                     "too few examples would stand behind what leaves this site",
                     got=count,

@@ -118,8 +118,10 @@ class LocalTrainer:
         self._train = self._rows(site.train_path)
         if site.policy:
             used = examples_in_round(len(self._train), config.train)
-            site.policy.check_rows(len(self._train), self._calibration_examples, used)
-            site.policy.check_sketches(self.backbone.schema, config.bases, self._calibration_vectors())
+            sketched = self._calibration_examples if config.is_calibrated else None
+            site.policy.check_rows(len(self._train), sketched, used)
+            if config.is_calibrated:
+                site.policy.check_sketches(self.backbone.schema, config.bases, self._calibration_vectors())
         self._head_inputs: dict[str, EncodedData] = {}
         self._eval = self._rows(site.eval_path) if site.eval_path else None
         if site.policy and self._eval and len(self._eval) < site.policy.min_eval_examples:

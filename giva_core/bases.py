@@ -222,10 +222,12 @@ def build_bases(
     | secsv | rows 1..r of Wᵀ A' | columns r+1..2r of U |
     | rowalign | A' | rows of Z, each divided by its norm; a zero row becomes constant |
 
+    With `config.bases = random` both are QRs of uniform random numbers, and nothing is sketched.
+
     Args:
         layers: The adapted layers, in model order.
         ranks: The effective rank of each.
-        sketches: The aggregate `Y (d_in, q)` by layer name.
+        sketches: The aggregate `Y (d_in, q)` by layer name; not looked at where the bases are random.
         config: Initialisation and seed.
         coordinates: The aggregate `Z (d_out, r')` by layer name, for every init but `rand`; r' as `coordinate_rank`.
 
@@ -233,13 +235,16 @@ def build_bases(
         BasesError: A sketch is missing, of another shape, or of too low a rank.
     """
     pairs = list(zip(layers, ranks, strict=True))
+    if config.bases == "random":
+        drawn = {layer.name: _random_bases(config.seed, layer, r) for layer, r in pairs}
+        return BasesSet(drawn, config.init, bases_digest(drawn, config.init))
     kept = [coordinate_rank(config, layer, r) for layer, r in pairs]
     chosen = _select(sketches, [(layer.name, (layer.d_in, None)) for layer in layers], "sketch")
     spaces = row_spaces(layers, chosen, kept)
     built: dict[str, Bases] = {}
     if config.init == "rand":
         for (layer, r), A in zip(pairs, spaces, strict=True):
-            built[layer.name] = Bases(A, _random_columns(config.seed, layer, r))
+            built[layer.name] = Bases(A, _random_columns(config.seed, f"B/{layer.name}", layer.d_out, r))
         return BasesSet(built, config.init, bases_digest(built, config.init))
     wanted = [(layer.name, (layer.d_out, k)) for layer, k in zip(layers, kept, strict=True)]
     projected = _select(coordinates or {}, wanted, "coordinate sketch")
@@ -265,8 +270,13 @@ def bases_digest(layers: Mapping[str, Bases], init: str) -> str:
     return digest.hexdigest()
 
 
-def _random_columns(seed: int, layer: LayerShape, r: int) -> np.ndarray:
-    Q = exact.gram_schmidt(*exact.quantise(exact.uniform(seed, f"B/{layer.name}", (layer.d_out, r)), _FRAME_BITS))
+def _random_bases(seed: int, layer: LayerShape, r: int) -> Bases:
+    A = _random_columns(seed, f"A/{layer.name}", layer.d_in, r)
+    return Bases(np.ascontiguousarray(A.T), _random_columns(seed, f"B/{layer.name}", layer.d_out, r))
+
+
+def _random_columns(seed: int, name: str, rows: int, r: int) -> np.ndarray:
+    Q = exact.gram_schmidt(*exact.quantise(exact.uniform(seed, name, (rows, r)), _FRAME_BITS))
     return Q.astype(np.float32)
 
 

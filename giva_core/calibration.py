@@ -52,7 +52,9 @@ STAGES = {
 
 
 def stages(config: GivaConfig) -> tuple[Stage, ...]:
-    """The passes that `config` asks for, in order."""
+    """The passes that `config` asks for, in order; none where the bases are random."""
+    if config.bases == "random":
+        return ()
     names = ["range", *["left", "right"] * config.power_passes]
     if config.init != "rand":
         names.append("coordinates")
@@ -68,7 +70,7 @@ def run_passes(config: GivaConfig, one_pass: OnePass) -> tuple[Sketches, Sketche
             aggregate of this stage.
 
     Returns:
-        `Y`, the last aggregate of side `output`; and `Z = G A'ᵀ`, where the init asks for it.
+        `Y`, the last aggregate of side `output`, empty without a pass; and `Z = G A'ᵀ`, where the init asks for it.
     """
     previous: tuple[Stage, Sketches] | None = None
     last: dict[str, Sketches] = {}
@@ -76,7 +78,7 @@ def run_passes(config: GivaConfig, one_pass: OnePass) -> tuple[Sketches, Sketche
         aggregate = one_pass(number, stage, previous)
         last["coordinates" if stage.name == "coordinates" else stage.side] = aggregate
         previous = stage, aggregate
-    return last["output"], last.get("coordinates")
+    return last.get("output", {}), last.get("coordinates")
 
 
 def width(stage: Stage, layer: LayerShape, r: int, config: GivaConfig) -> int:

@@ -98,6 +98,11 @@ class GivaConfig(Section):
     target_modules: str | tuple[str, ...] = option(
         ALL_LINEAR, "all-linear, a list of module-name endings, or one regular expression for the whole name"
     )
+    bases: str = option(
+        "gradient",
+        "where A comes from: the federation's calibration gradient, or the seed alone, which needs no calibration",
+        choices=("gradient", "random"),
+    )
     init: str = option("rand", "how B is made", choices=INITS)
     seed: int = option(0, "the shared seed of sketches, bases, heads and data order", minimum=0, maximum=2**63 - 1)
     oversampling: int = option(24, "sketch columns beyond the rank", minimum=0, maximum=64)
@@ -272,6 +277,13 @@ class RunConfig(Section):
                 expected="fedavg or fedprox",
                 remedy="choose method lora, or mode fedavg, with this strategy",
             )
+        if self.giva.bases == "random" and self.giva.init != "rand":
+            raise ConfigError(
+                f"giva.init = {self.giva.init} makes B of the gradient",
+                got="giva.bases = random, which takes none",
+                expected="giva.init = rand",
+                remedy="set giva.bases = gradient, or giva.init = rand",
+            )
         if self.method == "full" and (self.model.dtype != "float32" or self.giva.dropout):
             raise ConfigError(
                 "method = full trains the weights themselves, in float32, and has no adapter to drop inputs of",
@@ -326,9 +338,14 @@ class RunConfig(Section):
                 )
 
     @property
-    def is_calibrated(self) -> bool:
-        """Whether the federation sketches its gradient for this run, and builds bases from it."""
+    def has_bases(self) -> bool:
+        """Whether the sites agree on bases before they train."""
         return self.method == "giva" or (self.method == "lora-xs" and self.lora_xs.bases == "gradient")
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether these bases come from the federation's gradient, which it sketches for this run."""
+        return self.has_bases and self.bases.bases == "gradient"
 
     @property
     def rank(self) -> int:
@@ -341,7 +358,7 @@ class RunConfig(Section):
     @property
     def bases(self) -> GivaConfig:
         """The settings of the run's bases: `giva`'s, but methods that need singular vectors on both sides get them."""
-        return self.giva if self.method == "giva" else replace(self.giva, init="topsv")
+        return self.giva if self.method == "giva" else replace(self.giva, bases="gradient", init="topsv")
 
     # -- sources ------------------------------------------------------------------------------------------------------
 

@@ -248,7 +248,9 @@ def train_from_payload(payload: Payload, schema: ModelSchema, coding: Coding = P
 
 
 def bases_to_payload(sketches: Sketches, coordinates: Sketches | None, schema: ModelSchema) -> Payload:
-    """The federation's sketch, from which every site builds the bases, as a message."""
+    """The federation's sketch, from which every site builds the bases, as a message; empty for random bases."""
+    if not sketches:
+        return Payload()
     names = [layer.name for layer in schema.layers]
     arrays = pack_sketches(sketches, names)
     if coordinates is not None:
@@ -258,6 +260,8 @@ def bases_to_payload(sketches: Sketches, coordinates: Sketches | None, schema: M
 
 def bases_from_payload(payload: Payload, schema: ModelSchema, giva: GivaConfig) -> tuple[Sketches, Sketches | None]:
     """The inverse of `bases_to_payload`."""
+    if giva.bases == "random":
+        return {}, None
 
     def read(stage: str, source: Payload) -> Sketches:
         shapes = calibration.sketch_shapes(calibration.STAGES[stage], schema.layers, schema.ranks, giva)

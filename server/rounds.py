@@ -120,7 +120,7 @@ class Federation:
             for number in range(done["head"] + 1, rounds.head_rounds + 1):
                 self._round("head", number, rounds.head_rounds)
             self._evaluate_last("head", rounds.head_rounds)
-        if self.config.is_calibrated:
+        if self.config.has_bases:
             self.bases, self._bases_message = agree_on_bases(self.session, self.arrays)
             if done["train"] == 0:
                 self.arrays = {**aggregate.initial_vectors(self.session.schema), **self.arrays}

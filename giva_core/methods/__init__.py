@@ -63,7 +63,7 @@ def prepare(model: nn.Module, config: RunConfig, heads: Collection[str]) -> Prep
 
         return Prepared(trained=full.names(model, heads))
     layers, ranks = inject.layer_shapes(model, config.bases, exclude=heads)
-    if config.is_calibrated:
+    if config.has_bases:
         return Prepared(layers, ranks, form="core" if config.method == "lora-xs" else "vectors")
     name = "lora" if config.method in LORA_FAMILY else config.method.replace("-", "_")
     trained, frozen = import_module(f".{name}", __name__).put_in(model, layers, ranks, config)

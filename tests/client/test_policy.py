@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from client.policy import METRICS, Policy, PolicyError
-from giva_core.config import TASKS, RunConfig
+from giva_core.config import TASKS, GivaConfig, RunConfig
 from giva_core.errors import DataError, ProtocolError, public_reason
 from giva_core.metrics import metric_names
 from giva_core.types import LayerShape, ModelSchema
@@ -155,6 +155,14 @@ def test_too_few_examples(counts: tuple[int, int, int], key: str) -> None:
     assert public_reason(caught.value) == f"data: fewer examples than the site's {key}"
     Policy(**{key.replace("-", "_"): 7}).check_rows(*counts)
     Policy().check_rows(8, 8, 8)
+    Policy().check_rows(8, None, 8)
+
+
+def test_without_calibration_a_site_answers_no_question_of_it() -> None:
+    random = GivaConfig(bases="random")
+    Policy().check_sketches(schema(4, 4), random)
+    with pytest.raises(ProtocolError, match="more calibration questions"):
+        Policy().check_calibration("range", 1, random)
 
 
 def test_calibration_questions_are_those_of_the_plan() -> None:

@@ -180,6 +180,23 @@ def test_bases_have_their_shapes_and_orthonormal_rows(init: str) -> None:
             assert gram_error(B) <= 1e-6
 
 
+def test_random_bases_come_from_the_seed_and_the_layers_name_alone() -> None:
+    config = GivaConfig(rank=RANK, bases="random")
+    built = bases.build_bases(LAYERS, [RANK] * 3, {}, config)
+    for layer in LAYERS:
+        A, B = built.layers[layer.name].A, built.layers[layer.name].B
+        assert A.shape == (RANK, layer.d_in) and B.shape == (layer.d_out, RANK)
+        assert A.dtype == B.dtype == np.float32 and A.flags.c_contiguous
+        assert gram_error(A.T) <= 1e-6 and gram_error(B) <= 1e-6
+    sketches, coordinates = calibrate(config)
+    assert bases.build_bases(LAYERS, [RANK] * 3, sketches, config, coordinates).digest == built.digest
+    other = bases.build_bases(LAYERS, [RANK] * 3, {}, GivaConfig(rank=RANK, bases="random", seed=1))
+    assert other.digest != built.digest
+    square = [LayerShape(name, 9, 9) for name in "ab"]
+    first, second = bases.build_bases(square, [RANK] * 2, {}, config).layers.values()
+    assert not np.array_equal(first.A, second.A) and not np.array_equal(first.A, first.B.T)
+
+
 def with_config(
     config: GivaConfig,
 ) -> tuple[dict[str, QuantisedSketch], GivaConfig, dict[str, QuantisedSketch]]:

@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "vera": {"vera.rank": 12},
     "randlora": {"randlora.rank": 5, "randlora.alpha": 10.0},
 }
-CASES = [*METHODS, "lora-xs/gradient"]
+CASES = [*METHODS, "giva/random", "lora-xs/gradient"]
 
 
 def config_of(case: str, toy_config: RunConfig, two_sites: Path, **settings: object) -> RunConfig:
@@ -42,7 +42,7 @@ def config_of(case: str, toy_config: RunConfig, two_sites: Path, **settings: obj
     flat = {
         **{"method": method, "rounds.num-rounds": 2, "rounds.min-sites": 2, "rounds.quorum": 2},
         **{"rounds.head-rounds": 1, "data.folder": str(two_sites), "train.learning-rate": 0.02},
-        **({"lora_xs.bases": bases} if bases else {}),
+        **({f"{method.replace('-', '_')}.bases": bases} if bases else {}),
         **SETTINGS.get(method, {}),
         **settings,
     }
@@ -131,7 +131,7 @@ def test_a_method_trains_sends_what_it_says_and_resumes_to_the_same_bytes(
 def assert_it_is_a_lora_where_it_can_be(case: str, config: RunConfig, adapter: Path) -> None:
     """`lora_B lora_A` is what the merged weight has beyond the plain one; the other methods say that they are none."""
     loaded = checkpoint.load_adapter(adapter)
-    if case not in ("giva", "lora", "rolora", "lora-xs/gradient"):
+    if case not in ("giva", "giva/random", "lora", "rolora", "lora-xs/gradient"):
         with pytest.raises(CheckpointError, match="no low-rank form"):
             lora_matrices(loaded)
         return
