@@ -224,9 +224,20 @@ class RunStore:
             found = db.execute(query, (run_id,)).fetchall()
         if not found:
             return None
-        phase, number = max(found, key=lambda row: (PHASES.index(row[0]), row[1]))
+        return self.state(run_id, *max(found, key=lambda row: (PHASES.index(row[0]), row[1])))
+
+    def state(self, run_id: str, phase: str, number: int) -> StoredState:
+        """The global state that was recorded with a round, its files checked against their hashes.
+
+        Raises:
+            CheckpointError: There is none, or a file is missing or was changed.
+        """
         name = _state_name(phase, number)
         loaded = self._load(run_id, [name, f"{name}.extra"])
+        if name not in loaded:
+            raise CheckpointError(
+                f"run {run_id} keeps no state of {phase} {number}", cause="no such round was recorded"
+            )
         return StoredState(phase, number, loaded[name], loaded.get(f"{name}.extra", {}))
 
     # -- blobs ---------------------------------------------------------------------------------------------------------
