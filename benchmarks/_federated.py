@@ -6,6 +6,7 @@ that the head rounds see share these. What a run came to is kept beside the run 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +24,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GIVA_SIMULATION", "1")
 
+from client.prepare import prepare
+from client.prepare_answers import prepare_answers
+from client.site import site_folders, site_settings
+from client.trainer import LocalTrainer, get_trainer
 from giva_core.config import RunConfig
 from giva_core.factored import is_residual
 from giva_core.metrics import total_metrics
@@ -33,6 +38,7 @@ from server.array_files import write_atomically
 from server.progress import describe
 from server.run_store import RunStore, default_root
 from server.simulate import ENGINE, resume
+from server.sketches import sketches_from_arrays
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 #: Settings that say how long to wait and for whom; they do not change what a run comes to.
@@ -65,7 +71,7 @@ class Dataset:
 
     Attributes:
         name: What `giva data prepare` calls it.
-        examples: Training examples: in all for `medical`, of each site for `sentiment`.
+        examples: Training examples: in all for `medical`, of each site for `sentiment` and `answers`.
         settings: Beside the recipe of the same name.
     """
 
@@ -75,13 +81,13 @@ class Dataset:
 
     def folder(self, seed: int) -> Path:
         """The split of this seed; it is made where it is missing."""
-        from client.prepare import prepare
 
         def tell(text: str) -> None:
             if "already" not in text:
                 print(text, file=sys.stderr)
 
-        return Path(prepare(self.name, home=giva_home(), train_examples=self.examples, seed=seed, progress=tell).folder)
+        make = prepare_answers if self.name == "answers" else functools.partial(prepare, self.name)
+        return Path(make(home=giva_home(), train_examples=self.examples, seed=seed, progress=tell).folder)
 
     @property
     def recipe(self) -> Path:
@@ -280,21 +286,23 @@ def evaluate(
     store: RunStore, run_id: str, config: RunConfig, rows: str, state: tuple[str, int] | None = None
 ) -> tuple[dict[str, float], float]:
     """Totals of a run's state, by default its last one, over all sites' rows in the file `rows`, and the mean loss."""
-    from client.site import site_folders, site_settings
-    from client.trainer import get_trainer
-
     local = config.replace(data__eval_file=rows)
     stored = store.state(run_id, *state) if state else store.last_state(run_id)
     if stored is None:
         raise SystemExit(f"run {run_id} has no state")
-    digest = "" if stored.phase == "head" else str(store.run(run_id).facts.get("bases_digest", ""))
+    has_bases = stored.phase != "head" and "bases_digest" in store.run(run_id).facts
     arrays: Arrays = {**stored.arrays, **{name: array for name, array in stored.extra.items() if is_residual(name)}}
     found = []
     for index in range(len(site_folders(local.data))):
         trainer = get_trainer(site_settings(local, {"partition-id": index}), local)
-        found.append(trainer.evaluate(arrays, digest))
+        found.append(trainer.evaluate(arrays, build_bases(trainer, store, run_id) if has_bases else ""))
     total = sum(item.num_examples for item in found)
     return total_metrics(config.task.kind, found), sum(item.loss * item.num_examples for item in found) / total
+
+
+def build_bases(trainer: LocalTrainer, store: RunStore, run_id: str) -> str:
+    """Give the trainer the run's bases, which a site's cache may have dropped; returns their digest."""
+    return trainer.build_bases(*sketches_from_arrays(store.load_blob(run_id, "sketches")))
 
 
 def bytes_to(job: Job, accuracy: float, rows: str = "validation.jsonl") -> int | None:
@@ -304,17 +312,22 @@ def bytes_to(job: Job, accuracy: float, rows: str = "validation.jsonl") -> int |
     spent = 0
     for record in store.rounds(run_id):
         spent += record.bytes_up + record.bytes_down
-        if record.phase != "train":
-            continue
-        kept = _kept(config, f"{rows}@{record.phase}-{record.round}")
-        if kept.exists():
-            found = json.loads(kept.read_text(encoding="utf-8"))["accuracy"]
-        else:
-            found = evaluate(store, run_id, config, rows, (record.phase, record.round))[0]["accuracy"]
-            _keep(kept, {"accuracy": found})
-        if found >= accuracy:
+        if record.phase == "train" and judged(job, record.round, rows)[0]["accuracy"] >= accuracy:
             return spent
     return None
+
+
+def judged(job: Job, number: int, rows: str = "validation.jsonl") -> tuple[dict[str, float], float]:
+    """Metrics and mean loss of the state after training round `number`; after the head rounds for 0."""
+    config, store = job.config(), RunStore(default_root())
+    run_id = finished(job, config, store)
+    state = ("train", number) if number else ("head", config.rounds.head_rounds)
+    kept = _kept(config, f"{rows}@{state[0]}-{state[1]}")
+    if not kept.exists():
+        metrics, loss = evaluate(store, run_id, config, rows, state)
+        _keep(kept, {"metrics": metrics, "loss": loss})
+    found = json.loads(kept.read_text(encoding="utf-8"))
+    return found["metrics"], found["loss"]
 
 
 def _kept(config: RunConfig, what: str) -> Path:
@@ -347,8 +360,8 @@ def _sites(folder: Path) -> list[Path]:
 
 
 def _linked(link: Path, target: Path) -> Path:
-    link.parent.mkdir(exist_ok=True)
-    if not link.exists():
+    if target.exists() and not link.exists():
+        link.parent.mkdir(exist_ok=True)
         link.symlink_to(target)
     return link.parent
 
@@ -359,8 +372,9 @@ def _linked(link: Path, target: Path) -> Path:
 def run_all(function: Callable[[Job], Any], jobs: Sequence[Job], processes: int) -> list[Any]:
     """`function` of every job, `processes` at a time, in processes of their own; results in the order of the jobs."""
     for dataset, seed in {(job.dataset.name, job.seed): (job.dataset, job.seed) for job in jobs}.values():
-        pooled_site(dataset.folder(seed))  # before the processes start, so that no two make the same folder
-        _first_site(dataset.folder(seed))
+        folder = dataset.folder(seed)  # before the processes start, so that no two make the same one
+        pooled_site(folder)
+        _first_site(folder)
     RunStore(default_root())
     if processes == 1:
         return [function(job) for job in jobs]

@@ -1,0 +1,228 @@
+"""Does the basis matter? GiVA with A from the gradient, with A from the seed, and with B aligned, each at its own rate.
+
+    python benchmarks/basis.py --study rank       medical questions at one place, r = 1, 8, 64
+    python benchmarks/basis.py --study data       300 and 1,000 questions instead of 3,000, r = 8
+    python benchmarks/basis.py --study head       calibrated without head rounds before, r = 8
+    python benchmarks/basis.py --study answers    a language model that writes answers, three sites, r = 8 and 64
+    python benchmarks/basis.py --study energy     how much of the gradient A holds, at the start and after training
+
+The loss on the validation rows after an eighth, a half and all of the run; every line is at the rate of its grid with
+the lowest loss at the end. Runs are kept and found as in `accuracy.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from _federated import Dataset, Job, build_bases, finished, judged, run_all
+from accuracy import DATASETS
+
+from client.site import site_settings
+from client.trainer import LocalTrainer
+from giva_core.sketch import sketch_pass
+from server.run_store import RunStore, default_root
+
+MEDICAL = DATASETS["medical"]
+ANSWERS = Dataset(
+    "answers",
+    600,
+    {
+        "train.precision": "bfloat16",
+        "rounds.num-rounds": 8,
+        "rounds.evaluate-every": 100,
+        "train.max-local-steps": 6,
+        "giva.target-modules": ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
+    },
+)
+#: Settings by name of what is compared, and the grid of its rates at r = 8.
+VARIANTS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "gradient": ({}, (0.02, 0.05, 0.1)),
+    "random": ({"giva.bases": "random"}, (0.05, 0.1, 0.2)),
+    "rowalign": ({"giva.init": "rowalign"}, (0.003, 0.01, 0.03)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One situation in which the variants are compared.
+
+    Attributes:
+        label: What it is.
+        dataset: The task.
+        settings: Beside the dataset's.
+        central: Whether all rows lie at one place.
+        scale: Factor of the rates; orthonormal columns of B have rows of norm √(r / d_out), and a rate acts on their
+            product.
+    """
+
+    label: str
+    dataset: Dataset
+    settings: Mapping[str, Any]
+    central: bool = True
+    scale: float = 1.0
+
+
+def _ranked(rank: int, scale: float, dataset: Dataset = MEDICAL, central: bool = True) -> Case:
+    return Case(f"r = {rank}", dataset, {"giva.rank": rank}, central, scale)
+
+
+STUDIES: dict[str, tuple[Case, ...]] = {
+    "rank": (_ranked(1, 3.0), _ranked(8, 1.0), _ranked(64, 0.4)),
+    "data": tuple(Case(f"{n} questions", replace(MEDICAL, examples=n), {}) for n in (300, 1000)),
+    "head": (Case("no head rounds", MEDICAL, {"rounds.head-rounds": 0}),),
+    "answers": (_ranked(8, 1.0, ANSWERS, central=False), _ranked(64, 0.4, ANSWERS, central=False)),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One variant in one case at one rate: the loss on the validation rows along the run."""
+
+    case: str
+    variant: str
+    seed: int
+    rate: float
+    losses: tuple[float, ...]
+    metric: float
+
+
+def jobs_of(case: Case, variants: Iterable[str], seed: int) -> list[Job]:
+    """Every variant at every rate of its grid."""
+    jobs = []
+    for variant in variants:
+        settings, rates = VARIANTS[variant]
+        for rate in rates:
+            flat = {**case.settings, **settings, "train.learning-rate": round(rate * case.scale, 4)}
+            jobs.append(Job(f"basis-{variant}", case.dataset, seed, flat, case.central))
+    return jobs
+
+
+def losses_of(job: Job) -> tuple[tuple[float, ...], float]:
+    """Validation loss after an eighth, a half and all of the rounds, and accuracy (of tokens) at the end."""
+    total = job.config().rounds.num_rounds
+    found = [judged(job, max(1, round(share * total))) for share in (1 / 8, 1 / 2, 1)]
+    metrics = found[-1][0]
+    metric = metrics.get("accuracy", metrics.get("token_accuracy", float("nan")))
+    return tuple(loss for _, loss in found), metric
+
+
+def measure(study: str, variants: Sequence[str], seeds: int, processes: int) -> list[Line]:
+    """All lines of a study, at all rates."""
+    places = [(case, job) for seed in range(seeds) for case in STUDIES[study] for job in jobs_of(case, variants, seed)]
+    found = run_all(losses_of, [job for _, job in places], processes)
+    return [
+        Line(
+            case.label,
+            job.row.removeprefix("basis-"),
+            job.seed,
+            float(job.settings["train.learning-rate"]),
+            losses,
+            metric,
+        )
+        for (case, job), (losses, metric) in zip(places, found, strict=True)
+    ]
+
+
+def table(lines: Sequence[Line]) -> str:
+    """Case by case, every variant at its best rate, and its loss against A from the gradient, seed by seed."""
+    rows = [
+        f"{'':<18} {'A, B':<10} {'rate':>7} {'loss at 1/8':>12} {'1/2':>8} {'end':>8} {'accuracy':>9}  against gradient"
+    ]
+    for label in dict.fromkeys(line.case for line in lines):
+        best = {}
+        for variant in dict.fromkeys(line.variant for line in lines):
+            mine = [line for line in lines if (line.case, line.variant) == (label, variant)]
+            by_rate = {rate: [line for line in mine if line.rate == rate] for rate in {line.rate for line in mine}}
+            best[variant] = min(by_rate.values(), key=lambda items: statistics.fmean(item.losses[-1] for item in items))
+        for variant, items in best.items():
+            means = [statistics.fmean(item.losses[k] for item in items) for k in range(3)]
+            pairs = [mine.losses[-1] - other.losses[-1] for mine, other in zip(items, best["gradient"], strict=True)]
+            against = "" if variant == "gradient" else "  ".join(f"{value:+.4f}" for value in pairs)
+            rows.append(
+                f"{label:<18} {variant:<10} {items[0].rate:>7g} {means[0]:>12.4f} {means[1]:>8.4f} {means[2]:>8.4f} "
+                f"{statistics.fmean(item.metric for item in items):>9.4f}  {against}".rstrip()
+            )
+    return "\n".join(rows)
+
+
+# -- energy -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Energy:
+    """The share `‖G Aᵀ‖² / ‖G‖²` of the gradient that A holds after a training round: over the layers, all and each.
+
+    G is the mean gradient of pooled training questions other than the calibration's, whole.
+    """
+
+    variant: str
+    round: int
+    total: float
+    median: float
+    lowest: float
+
+
+def energies(rounds: Sequence[int], batches: int = 8) -> list[Energy]:
+    """How much of the gradient the bases hold, before the first round (0) and later."""
+    found = []
+    for variant, rate in (("gradient", 0.05), ("random", 0.1)):
+        settings = {**VARIANTS[variant][0], "train.learning-rate": rate}
+        job = Job(f"basis-{variant}", MEDICAL, 0, settings, central=True)
+        config, store = job.config(), RunStore(default_root())
+        run_id = finished(job, config, store)
+        site = site_settings(config, {"partition-id": 0})
+        other = config.replace(giva__seed=1000, giva__calibration_batches=batches, giva__calibration_batch_size=32)
+        trainer, feed = LocalTrainer(site, config), LocalTrainer(site, other)
+        digest = build_bases(trainer, store, run_id)
+        held, layers = trainer.backbone.bases(digest), trainer.schema.layers
+        whole = {layer.name: np.eye(layer.d_in, dtype=np.float32) for layer in layers}
+        task = trainer.backbone.task
+
+        def summed(_: Any, batch: dict[str, Any], task: Any = task) -> tuple[Any, int]:
+            return task.task_loss(task.forward(batch), batch["labels"], reduction="sum"), len(batch["labels"])
+
+        for number in rounds:
+            state = store.state(run_id, *(("train", number) if number else ("head", config.rounds.head_rounds)))
+            trainer.backbone.use(digest if number else "")
+            trainer.backbone.write(state.arrays)
+            made = sketch_pass(task.model, layers, whole, "input", feed.calibration_batches(), summed).arrays
+            inside = [float(np.sum(np.square(made[layer.name] @ held.layers[layer.name].A.T))) for layer in layers]
+            all_of_it = [float(np.sum(np.square(made[layer.name]))) for layer in layers]
+            shares = [part / total for part, total in zip(inside, all_of_it, strict=True)]
+            share = sum(inside) / sum(all_of_it)
+            found.append(Energy(variant, number, share, statistics.median(shares), min(shares)))
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=[*STUDIES, "energy"], default="rank")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--json", action="store_true", help="one line of JSON with all rates instead of the table")
+    options = parser.parse_args()
+    if options.study == "energy":
+        shares = energies((0, 1, 4, 8))
+        if options.json:
+            print(json.dumps([asdict(item) for item in shares]))
+            return
+        print(f"{'A':<10} {'round':>5} {'of all':>8} {'median layer':>13} {'lowest':>8}")
+        for item in shares:
+            print(f"{item.variant:<10} {item.round:>5} {item.total:>8.3f} {item.median:>13.3f} {item.lowest:>8.3f}")
+        return
+    variants = list(dict.fromkeys(["gradient", *options.variants]))
+    lines = measure(options.study, variants, options.seeds, options.jobs)
+    print(json.dumps([asdict(line) for line in lines]) if options.json else table(lines))
+
+
+if __name__ == "__main__":
+    main()
