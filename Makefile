@@ -48,10 +48,10 @@ demo: setup-demo ## a federation of hospitals on this machine, with a real model
 	$(BIN)/giva simulate recipes/medical.toml --plot medical.png
 
 demo-baselines: setup-demo ## the same beside central GiVA, FedAvg-LoRA, the frozen encoder and TF-IDF + SVM
-	$(BIN)/python benchmarks/medical.py --baselines
+	$(BIN)/python benchmarks/accuracy.py --examples 1500
 
 demo-full: setup-demo ## all training questions, all baselines; goes on where it was
-	$(BIN)/python benchmarks/medical.py --full --baselines
+	$(BIN)/python benchmarks/accuracy.py --examples 0
 
 benchmark: ## list the benchmarks; each is one command
 	@for file in benchmarks/[a-z]*.py; do \

@@ -178,11 +178,11 @@ def outcome(job: Job, rows: str = "test.jsonl") -> Outcome:
     run_id = finished(job, config, store)
     kept = _kept(config, rows)
     if kept.exists():
-        return Outcome(**{**json.loads(kept.read_text(encoding="utf-8")), "run_id": run_id})
+        return Outcome(**json.loads(kept.read_text(encoding="utf-8")))
     records = store.rounds(run_id)
     training = [record for record in records if record.phase == "train"]
     trained = [site for record in training for site in record.sites if site.num_steps]
-    metrics, loss = evaluate(store, run_id, config, rows)
+    metrics, loss = judged(job, config.rounds.num_rounds, rows)
     made = Outcome(
         row=job.row,
         seed=job.seed,
@@ -283,13 +283,11 @@ def _runs_like(store: RunStore, config: RunConfig, free: set[str]) -> list[Any]:
 
 
 def evaluate(
-    store: RunStore, run_id: str, config: RunConfig, rows: str, state: tuple[str, int] | None = None
+    store: RunStore, run_id: str, config: RunConfig, rows: str, state: tuple[str, int]
 ) -> tuple[dict[str, float], float]:
-    """Totals of a run's state, by default its last one, over all sites' rows in the file `rows`, and the mean loss."""
+    """Totals of the state after this phase and round, over all sites' rows in the file `rows`, and the mean loss."""
     local = config.replace(data__eval_file=rows)
-    stored = store.state(run_id, *state) if state else store.last_state(run_id)
-    if stored is None:
-        raise SystemExit(f"run {run_id} has no state")
+    stored = store.state(run_id, *state)
     has_bases = stored.phase != "head" and "bases_digest" in store.run(run_id).facts
     arrays: Arrays = {**stored.arrays, **{name: array for name, array in stored.extra.items() if is_residual(name)}}
     found = []
@@ -322,6 +320,10 @@ def judged(job: Job, number: int, rows: str = "validation.jsonl") -> tuple[dict[
     config, store = job.config(), RunStore(default_root())
     run_id = finished(job, config, store)
     state = ("train", number) if number else ("head", config.rounds.head_rounds)
+    if rows == config.data.eval_file:  # the run may have looked itself
+        for record in store.rounds(run_id, state[0]):
+            if record.round == state[1] and record.eval_loss is not None:
+                return dict(record.metrics), record.eval_loss
     kept = _kept(config, f"{rows}@{state[0]}-{state[1]}")
     if not kept.exists():
         metrics, loss = evaluate(store, run_id, config, rows, state)

@@ -1,8 +1,8 @@
 """Does the basis matter? GiVA with A from the gradient, with A from the seed, and with B aligned, each at its own rate.
 
-    python benchmarks/basis.py --study rank       medical questions at one place, r = 1, 8, 64
-    python benchmarks/basis.py --study data       300 and 1,000 questions instead of 3,000, r = 8
-    python benchmarks/basis.py --study head       calibrated without head rounds before, r = 8
+    python benchmarks/basis.py --study rank       1,000 medical questions at one place, r = 1, 8, 64
+    python benchmarks/basis.py --study data       300 and 3,000 questions, r = 8
+    python benchmarks/basis.py --study head       1,000, calibrated without head rounds before, r = 8
     python benchmarks/basis.py --study answers    a language model that writes answers, three sites, r = 8 and 64
     python benchmarks/basis.py --study energy     how much of the gradient A holds, at the start and after training
 
@@ -30,6 +30,7 @@ from giva_core.sketch import sketch_pass
 from server.run_store import RunStore, default_root
 
 MEDICAL = DATASETS["medical"]
+SMALL = replace(MEDICAL, examples=1000)
 ANSWERS = Dataset(
     "answers",
     600,
@@ -69,14 +70,14 @@ class Case:
     scale: float = 1.0
 
 
-def _ranked(rank: int, scale: float, dataset: Dataset = MEDICAL, central: bool = True) -> Case:
+def _ranked(rank: int, scale: float, dataset: Dataset = SMALL, central: bool = True) -> Case:
     return Case(f"r = {rank}", dataset, {"giva.rank": rank}, central, scale)
 
 
 STUDIES: dict[str, tuple[Case, ...]] = {
     "rank": (_ranked(1, 3.0), _ranked(8, 1.0), _ranked(64, 0.4)),
-    "data": tuple(Case(f"{n} questions", replace(MEDICAL, examples=n), {}) for n in (300, 1000)),
-    "head": (Case("no head rounds", MEDICAL, {"rounds.head-rounds": 0}),),
+    "data": tuple(Case(f"{n} questions", replace(MEDICAL, examples=n), {}) for n in (300, 3000)),
+    "head": (Case("no head rounds", SMALL, {"rounds.head-rounds": 0}),),
     "answers": (_ranked(8, 1.0, ANSWERS, central=False), _ranked(64, 0.4, ANSWERS, central=False)),
 }
 
