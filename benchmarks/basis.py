@@ -6,8 +6,8 @@
     python benchmarks/basis.py --study answers    a language model that writes answers, three sites, r = 8 and 64
     python benchmarks/basis.py --study energy     how much of the gradient A holds, at the start and after training
 
-The loss on the validation rows after an eighth, a half and all of the run (answers: a half and all); every line is at the rate of its grid with
-the lowest loss at the end. Runs are kept and found as in `accuracy.py`.
+The loss on the validation rows after an eighth, a half and all of the run (answers: a half and all); every line is at
+the rate of its grid with the lowest loss at the end. Runs are kept and found as in `accuracy.py`.
 """
 
 from __future__ import annotations
