@@ -85,7 +85,7 @@ class Row:
 
     Attributes:
         model: Name of the model.
-        method: The method; `lora-xs/gradient` has the federation's bases.
+        method: The method; `lora-xs/gradient` has the federation's bases, `giva/random` those of the seed alone.
         precision: As `wire.precision`.
         numbers_up: Trained numbers that a round sends up, the head among them; the mean over rounds.
         round_up: Bytes of a round's update, the mean over rounds.
@@ -191,7 +191,7 @@ def count(model: str, method: str, precision: str, rounds: int, sites: int, shap
     """Count one row of the table."""
     name, _, bases = method.partition("/")
     settings = {"method": name, "wire.precision": precision, "rounds.num-rounds": rounds, **MODELS[model].settings}
-    config = RunConfig.from_flat({**settings, **({"lora_xs.bases": bases} if bases else {})})
+    config = RunConfig.from_flat({**settings, **({f"{name.replace('-', '_')}.bases": bases} if bases else {})})
     schema = schema_of(config, shapes)
     digest = "d" * 64 if config.has_bases else ""
     numbers, up, down = [], [], []
@@ -276,7 +276,8 @@ def _calibration(config: RunConfig, schema: ModelSchema) -> int:
 
 def measure(models: Sequence[str], rounds: int, sites: int) -> Report:
     """Count every method in every precision."""
-    methods = [*METHODS[: METHODS.index("lora-xs") + 1], "lora-xs/gradient", "full", "head"]
+    middle = METHODS[METHODS.index("giva") + 1 : METHODS.index("lora-xs") + 1]
+    methods = ["giva", "giva/random", *middle, "lora-xs/gradient", "full", "head"]
     found = {name: read_shapes(MODELS[name]) for name in models}
     rows = [
         count(model, method, precision, rounds, sites, found[model])
