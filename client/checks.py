@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from giva_core.config import DataConfig, RunConfig, TaskConfig
+from giva_core.config import ANSWER_TASKS, DataConfig, RunConfig, TaskConfig
 from giva_core.errors import DataError, GivaError
 
-from .needs import require_training
+from .needs import require_methods, require_training
 from .site_file import SiteFile
 
 _PACKAGES = Path(__file__).resolve().parents[1]
@@ -43,7 +44,7 @@ def check_site(path: Path, run: RunConfig | None = None) -> list[Check]:
     """
     site = SiteFile.read(path)
     checks = [Check("site file", True, f"site {site.name}; models: {', '.join(site.models)}")]
-    checks += [_network(site)]
+    checks += [_network(site), _methods(site)]
     checks += [_rows(site, name, run) for name in (site.data.train_file, site.data.eval_file) if name]
     checks += [_model(site, name, run) for name in site.models]
     checks += [_bases()]
@@ -76,13 +77,23 @@ def _rows(site: SiteFile, name: str, run: RunConfig | None) -> Check:
     try:
         if run:
             return Check(name, True, f"{len(read_rows(path, run.task, site.data))} rows")
-        return Check(name, True, f"{_count_rows(path, site.data)} rows; --config RUN.toml checks their labels, too")
+        count, columns = _count_rows(path, site.data)
+        what = f"{count} rows of {' and '.join(columns)}"
+        return Check(name, True, f"{what}; --config RUN.toml checks what is in them, too")
     except GivaError as error:
         return _tried(name, error)
 
 
-def _count_rows(path: Path, data: DataConfig) -> int:
-    """Rows that have the site's columns, whatever is in them: what a label may be is for a run to say.
+def _methods(site: SiteFile) -> Check:
+    try:
+        require_methods(site.policy.methods)
+    except GivaError as error:
+        return _tried("methods", error)
+    return Check("methods", True, ", ".join(site.policy.methods))
+
+
+def _count_rows(path: Path, data: DataConfig) -> tuple[int, list[str]]:
+    """Rows that have the site's columns, and these, whatever is in them: what a label may be is for a run to say.
 
     Raises:
         DataError: The file cannot be read, or a row lacks a column.
@@ -108,26 +119,42 @@ def _count_rows(path: Path, data: DataConfig) -> int:
         ) from None
     if count == 0:
         raise DataError(f"{path} holds no examples", expected="at least one row")
-    return count
+    return count, columns
 
 
 def _model(site: SiteFile, name: str, run: RunConfig | None) -> Check:
     what, model = f"model {name}", site.models[name]
-    if run is None:  # a model of images has other settings than one of texts
-        is_vision = (Path(model.path) / "preprocessor_config.json").is_file()
-        run = RunConfig(task=TaskConfig(kind="image-classification" if is_vision else "classification"))
+    if run is None:
+        run = RunConfig(task=TaskConfig(kind=_likely_kind(site, Path(model.path))))
     try:
         require_training()
         from giva_core.models import load_task_model
 
         local = site.local_config(replace(run, model=replace(run.model, path=name)))
-        labels = run.task.labels or ("a", "b")
+        labels = run.task.labels or (() if run.task.kind in ANSWER_TASKS else ("a", "b"))
         digest = load_task_model(replace(local, task=replace(run.task, labels=labels))).weights_digest()
     except GivaError as error:
         return _tried(what, error)
     if model.digest and model.digest != digest:
         return Check(what, False, f"{digest} is not the digest in the site file")
-    return Check(what, True, f"digest {digest}" + ("" if model.digest else "; the site file does not hold it to one"))
+    held = "" if model.digest else "; the site file does not hold it to one"
+    return Check(what, True, f"digest {digest} for task.kind = {run.task.kind}{held}")
+
+
+def _likely_kind(site: SiteFile, model: Path) -> str:
+    """The kind of task of a run that uses this model on the site's rows; the model's digest depends on it."""
+    from .row_parsers import answer_columns
+
+    if (model / "preprocessor_config.json").is_file():  # a model of images has other settings than one of texts
+        return "image-classification"
+    try:
+        _, columns = _count_rows(Path(site.data.folder) / site.data.train_file, site.data)
+        settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (GivaError, OSError, ValueError):  # told where rows and model are checked
+        return "classification"
+    if columns not in answer_columns(site.data):
+        return "classification"
+    return "seq2seq" if isinstance(settings, dict) and settings.get("is_encoder_decoder") else "causal-lm"
 
 
 def _bases() -> Check:

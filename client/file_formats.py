@@ -6,7 +6,9 @@ Each row comes as columns, or as the kind of the fault that spoils it.
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ def open_rows(
     Raises:
         DataError: The format is not known, or the file is not of it.
         DependencyError: Parquet is asked for and pyarrow is not installed.
+        OSError: There is no such file.
     """
     if image_columns and path.is_dir():
         return _read_images(path, *image_columns)
@@ -59,6 +62,8 @@ def open_rows(
             return _read_csv(path, needed, settings)
         case ".parquet":
             return _read_parquet(path, needed, settings, optional)
+        case _ if not path.exists():  # what has no ending is a folder of images, where it is there
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         case ending:
             raise DataError(
                 f"{path} is in no known format",

@@ -67,9 +67,14 @@ def row_parser(task: TaskConfig, data: DataConfig) -> RowParser:
 def column_sets(data: DataConfig) -> list[list[str]]:
     """The columns that rows of one kind of task or another have, the commonest kind first."""
     if data.messages_column:
-        return [[data.messages_column]]
+        return answer_columns(data)
     texts = [column for column in (data.text_column, data.text_pair_column, data.label_column) if column]
-    return [texts, [data.prompt_column, data.completion_column], [data.image_column, data.label_column]]
+    return [texts, *answer_columns(data), [data.image_column, data.label_column]]
+
+
+def answer_columns(data: DataConfig) -> list[list[str]]:
+    """Those of rows whose answers are texts."""
+    return [[data.messages_column]] if data.messages_column else [[data.prompt_column, data.completion_column]]
 
 
 def _texts(task: TaskConfig, data: DataConfig) -> RowParser:

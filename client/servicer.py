@@ -149,7 +149,7 @@ class Servicer:
         ).SerializeToString()
 
 
-def listen(servicer: Servicer, path: Path, queue: int) -> grpc.Server:
+def listen(servicer: Servicer, path: Path, queue: int, message_mib: int) -> grpc.Server:
     """Answer at a Unix socket that its owner and group may use.
 
     Raises:
@@ -159,7 +159,7 @@ def listen(servicer: Servicer, path: Path, queue: int) -> grpc.Server:
     threads = queue + 1 + _SPARE_THREADS
     server = grpc.server(
         ThreadPoolExecutor(threads, thread_name_prefix="worker"),
-        options=link.server_options(),
+        options=link.server_options(message_mib << 20),
         maximum_concurrent_rpcs=2 * threads,
     )
     link.add_to_server(server, servicer.ask, servicer.status)

@@ -53,6 +53,12 @@ class WorkerSettings(Section):
     task_seconds: float = option(3600.0, "longest time of a task; then it is killed", above=0.0)
     memory_gib: float = option(0.0, "most memory of the process that holds the model; 0: no limit", minimum=0.0)
     queue: int = option(4, "tasks that may wait; beyond them the answer is busy", minimum=0, maximum=64)
+    message_mib: int = option(
+        64,
+        "longest message that the worker takes, in MiB; up to queue + 1 of them are in memory",
+        minimum=1,
+        maximum=2047,
+    )
     network: str = option(
         "none",
         "none: the worker cuts itself off the network, and does not start where it cannot; host: it stays",

@@ -51,7 +51,7 @@ def run(site_file: str | Path) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     address = Path(site.worker.socket)
-    server = listen(Servicer(site, runner, network), address, site.worker.queue)
+    server = listen(Servicer(site, runner, network), address, site.worker.queue, site.worker.message_mib)
     runner.start()
     log.info("site %s works at %s; network: %s", site.name, address, network)
     while not stop.wait(0.5):

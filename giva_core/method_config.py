@@ -12,6 +12,8 @@ METHODS = (
     *("full", "head"),
 )
 LORA_FAMILY = ("lora", "ffa-lora", "rolora", "fedex-lora")
+#: Those whose layers are PEFT's.
+PEFT_METHODS = (*LORA_FAMILY, "vera", "randlora")
 
 
 @dataclass(frozen=True)

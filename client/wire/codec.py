@@ -20,9 +20,6 @@ from . import worker_pb2 as pb
 #: Raised with every change of worker.proto; messenger and worker of one site have to be of one version.
 WIRE_VERSION = 1
 
-#: Longest message that either side takes.
-MAX_MESSAGE_BYTES = 64 << 20
-
 #: What a request may hold. Protobuf makes an object of 60 bytes from a value of two, so all this is counted before it.
 MAX_VALUES = 256
 MAX_ARRAYS = 4096

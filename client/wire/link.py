@@ -9,19 +9,17 @@ from typing import Any, Self
 
 import grpc
 
-from giva_core.errors import GivaError
+from giva_core.errors import GivaError, ProtocolError
 
 from . import worker_pb2 as pb
-from .codec import MAX_MESSAGE_BYTES, WIRE_VERSION
+from .codec import WIRE_VERSION
 
 SERVICE = "fedgiva.worker.v1.Worker"
 
-_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-]
+# How long a message the worker takes is its site's to say. Its answers are trusted.
 _CHANNEL_OPTIONS = [
-    *_OPTIONS,
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -53,9 +51,13 @@ def add_to_server(server: grpc.Server, ask: Method, status: Method) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
 
-def server_options() -> list[tuple[str, Any]]:
-    """How a gRPC server of this service is set up."""
-    return [*_OPTIONS, ("grpc.so_reuseport", 0)]
+def server_options(message_bytes: int) -> list[tuple[str, Any]]:
+    """How a gRPC server of this service is set up that takes messages of so many bytes at most."""
+    return [
+        ("grpc.max_receive_message_length", message_bytes),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.so_reuseport", 0),
+    ]
 
 
 class Link:
@@ -81,6 +83,7 @@ class Link:
 
         Raises:
             WorkerAbsentError: Nobody listens, or the answer did not come in time.
+            ProtocolError: The message is longer than the worker takes.
         """
         request.protocol = WIRE_VERSION
         return self._call("Ask", request, pb.Reply, timeout_seconds)
@@ -97,6 +100,8 @@ class Link:
                 return call(request, timeout=timeout)
             except grpc.RpcError as error:
                 code = error.code()
+                if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (error.details() or ""):
+                    raise _too_long(request.ByteSize()) from None
                 if code is not grpc.StatusCode.UNAVAILABLE or time.monotonic() >= ends:
                     raise WorkerAbsentError(
                         "the site's worker does not answer",
@@ -106,3 +111,13 @@ class Link:
                         public="the site's worker does not answer",
                     ) from None
             time.sleep(_PAUSE_SECONDS)
+
+
+def _too_long(size: int) -> ProtocolError:
+    return ProtocolError(
+        "the message is longer than this site's worker takes",
+        got=f"{size / 2**20:.0f} MiB",
+        cause="the method trains more numbers than the site's operator reckoned with",
+        remedy="raise worker.message-mib in the site file, or lower the run's wire.precision or its number of targets",
+        public="the message is longer than the site's message-mib",
+    )

@@ -38,7 +38,7 @@ def put_in_peft(
         raise DependencyError(
             f"method = {method} needs PEFT",
             got=error,
-            remedy="pip install 'fedgiva[baselines]'",
+            remedy="pip install 'fedgiva[peft]', or build the site's image with EXTRAS=peft",
             public="PEFT not installed",
         ) from None
     settings = getattr(peft, f"{kind}Config")(target_modules=[layer.name for layer in layers], **options)

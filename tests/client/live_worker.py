@@ -7,21 +7,25 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
+
+import pytest
 
 from client.wire import worker_pb2 as pb
 from client.wire.codec import from_wire, to_wire
 from client.wire.link import Link
 from giva_core.config import RunConfig
 from giva_core.protocol import PROTOCOL_VERSION, Payload
+from server.run_store import RunStore
+from server.simulate import simulate
 
 ROOT = Path(__file__).parents[2]
 ROOMY = {"giva__rank": 2, "giva__oversampling": 2}  # sketches of 4 columns, twice, in layers of 16
 
 
-def site_toml(name: str, model: Path, data: Path, **tables: Mapping[str, Any]) -> str:
+def site_toml(name: str, model: Path, data: Path, /, **tables: Mapping[str, Any]) -> str:
     """A site file; `tables` are further keys of its tables, with underscores for dashes."""
     given: dict[str, dict[str, Any]] = {
         "data": {"folder": str(data)},
@@ -51,7 +55,7 @@ def hello() -> Payload:
 class LiveWorker:
     """A worker in a process of its own, with its socket and cache in a folder of its own; for a `with` statement."""
 
-    def __init__(self, name: str, model: Path, data: Path, **tables: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, model: Path, data: Path, /, **tables: Mapping[str, Any]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="giva-w-")  # short: a socket's path has about 100 letters
         self.folder = Path(self._folder.name)
         self.socket = self.folder / "run" / "worker.sock"
@@ -89,3 +93,14 @@ class LiveWorker:
         """The worker's answer, or its reason for not giving one."""
         reply = self.link.ask(request(kind, config, payload, run), timeout_seconds=120)
         return from_wire(reply.payload) if reply.WhichOneof("outcome") == "payload" else reply.reason
+
+
+def federate(
+    config: RunConfig, store: RunStore, run: int, workers: Sequence[LiveWorker], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """A federation whose messengers ask these workers; `run` is Flower's id of it."""
+    nodes = {1001 + index: {"worker": str(worker.socket)} for index, worker in enumerate(workers)}
+    monkeypatch.setattr("server.simulate.simulated_nodes", lambda config: nodes)
+    monkeypatch.setattr("server.local_grid._RUN_ID", run)
+    monkeypatch.setenv("GIVA_SIMULATION", "0")
+    return simulate(config, store)

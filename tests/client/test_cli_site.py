@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answering_models import write_decoder, write_rows
 from click.testing import CliRunner
-from image_models import write_pictures, write_vision
 from live_worker import ROOMY, ROOT, site_toml
+from task_kinds import KINDS, OPEN, ROWS, SITES, deployed, kind_config, write_kind
 
 from client import checks
 from client.cli.site import _status_rows
@@ -21,6 +20,7 @@ from client.cli.site import site as site_group
 from client.supervise import Program
 from client.wire import worker_pb2 as pb
 from giva_core.config import RunConfig
+from giva_core.models import load_task_model
 from server.cli.main import cli
 
 
@@ -70,24 +70,48 @@ def test_a_site_that_can_join(site_file: Path, toy_model: Path) -> None:
     assert giva("site", "check", site_file)[0] == 1
 
 
+_FILES = (("train", "train.jsonl"), ("eval", "test.jsonl"))
+
+
 @pytest.mark.usefixtures("leaving")
-def test_sites_of_other_kinds_can_join(tmp_path: Path) -> None:
-    answers, pictures = tmp_path / "answers", tmp_path / "pictures"
-    for name, count in (("train", 10), ("test", 9)):
-        write_rows(answers / f"{name}.jsonl", count)
-        write_pictures(pictures / name, count)
-    sites = {
-        "a": (write_decoder(tmp_path / "decoder"), answers, ""),
-        "p": (write_vision(tmp_path / "vit"), pictures, 'train-file = "train"\neval-file = "test"\n'),
-    }
-    for site, (model, folder, files) in sites.items():
-        path = tmp_path / f"{site}.toml"
-        worker = {"socket": str(tmp_path / "w.sock")}
-        path.write_text(site_toml(site, model, folder, worker=worker).replace("[data]\n", f"[data]\n{files}"))
-        code, data = giva("site", "check", path)
+@pytest.mark.parametrize(
+    ("case", "columns"),
+    [
+        ("causal-lm", "prompt and completion"),
+        ("chat", "messages"),
+        ("seq2seq", "prompt and completion"),
+        ("image-classification", "image and label"),
+    ],
+)
+def test_a_site_of_another_kind_is_told_its_rows_and_its_run_s_digest(tmp_path: Path, case: str, columns: str) -> None:
+    model = write_kind(tmp_path, case)
+    config = kind_config(case, tmp_path, model)
+    path, run = tmp_path / "site.toml", tmp_path / "run.toml"
+    path.write_text(site_toml("a", model, tmp_path / "sites" / SITES[0], data=KINDS[case].data, policy=OPEN))
+    run.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in deployed(config).to_flat().items()))
+    files = [KINDS[case].data.get(f"{key}-file", default) for key, default in _FILES]
+    digest = load_task_model(config).weights_digest()
+    for arguments in ((), ("--config", run)):
+        code, data = giva("site", "check", path, *arguments)
         assert code == 0, data["checks"]
-        rows = [entry["found"] for entry in data["checks"] if entry["what"].startswith(("train", "test"))]
-        assert [found.split(";")[0] for found in rows] == ["10 rows", "9 rows"]
+        found = {entry["what"]: entry["found"].split(";")[0] for entry in data["checks"]}
+        what = "" if arguments else f" of {columns}"
+        assert [found[name] for name in files] == [f"{ROWS[split][0]} rows{what}" for split in ("train", "test")]
+        assert found[f"model {model.name}"] == f"digest {digest} for task.kind = {config.task.kind}"
+        assert found["methods"].startswith("giva, lora")
+
+
+@pytest.mark.usefixtures("leaving")
+def test_methods_that_need_what_is_not_installed(
+    site_file: Path, toy_model: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.needs.find_spec", lambda name: None if name == "peft" else name)
+    assert giva("site", "check", site_file)[0] == 0
+    site_file.write_text(site_toml("toy", toy_model, toy_folder / "site-1", policy={"methods": ["giva", "vera"]}))
+    code, data = giva("site", "check", site_file)
+    [wrong] = [entry for entry in data["checks"] if not entry["ok"]]
+    assert code == 1 and wrong["what"] == "methods"
+    assert "vera needs PEFT" in wrong["found"] and "fedgiva[peft]" in wrong["found"]
 
 
 @pytest.mark.usefixtures("leaving")

@@ -100,6 +100,8 @@ def test_what_is_wrong_with_images_is_told_without_them(tmp_path: Path) -> None:
     assert "SECRET" not in str(caught.value)
     with pytest.raises(DataError, match="no known format"):
         read_rows(folder, TaskConfig(labels=("a", "b")), DataConfig())
+    with pytest.raises(DataError, match="there is no data file"):
+        read_rows(tmp_path / "none", TASK, DataConfig())
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no examples"):
         read_rows(tmp_path / "empty", TASK, DataConfig())

@@ -20,6 +20,7 @@ from client.messenger import SITE_ERROR, pass_on, to_content, to_request
 from client.records import from_content
 from client.wire import codec, link
 from client.wire import worker_pb2 as pb
+from giva_core.protocol import Payload
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def worker(folder: Path) -> Iterator[Callable[[Callable[[pb.Request], pb.Reply]]
     servers: list[grpc.Server] = []
 
     def start(answer: Callable[[pb.Request], pb.Reply]) -> Path:
-        server = grpc.server(ThreadPoolExecutor(1))
+        server = grpc.server(ThreadPoolExecutor(1), options=link.server_options(1 << 20))
         ask = lambda data, _: answer(codec.parse_request(data)).SerializeToString()  # noqa: E731
         link.add_to_server(server, ask, ask)
         server.add_insecure_port(link.address(folder / "w.sock"))
@@ -92,6 +93,20 @@ def test_a_message_arrives_as_it_was_and_so_does_the_answer(worker: Any) -> None
     [request] = seen
     assert (request.kind, request.run, request.protocol) == ("train.round", "17", 1)
     assert json.loads(request.config) == context(Path()).run_config
+
+
+def test_a_message_longer_than_the_site_takes_is_told_as_such(worker: Any) -> None:
+    asked: list[int] = []
+
+    def answer(request: pb.Request) -> pb.Reply:
+        asked.append(request.ByteSize())
+        return pb.Reply(protocol=1, payload=codec.to_wire(Payload({"a": np.zeros(6 << 20, np.int8)})))
+
+    own = context(worker(answer))
+    reply = pass_on(question({"a": Array(np.zeros(2 << 20, np.int8))}), own)
+    assert reply.error.reason == "protocol: the message is longer than the site's message-mib" and asked == []
+    reply = pass_on(question({"a": Array(np.zeros(1 << 19, np.int8))}), own)  # the answer may be of any length
+    assert from_content(reply.content).array("a").size == 6 << 20
 
 
 def test_array_bytes_are_passed_on_as_they_are() -> None:

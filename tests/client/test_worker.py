@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 import pytest
-from live_worker import ROOMY, ROOT, LiveWorker, hello, request, site_toml
+from live_worker import ROOMY, ROOT, LiveWorker, federate, hello, request, site_toml
 
 from client.isolation import interfaces
 from client.servicer import Servicer, check_request, listen
@@ -47,17 +47,6 @@ def workers(toy_model: Path, toy_folder: Path) -> Iterator[list[LiveWorker]]:
 @pytest.fixture
 def config(toy_config: RunConfig) -> RunConfig:
     return toy_config.replace(**ROOMY, rounds__num_rounds=2)
-
-
-def federate(
-    config: RunConfig, store: RunStore, run: int, workers: list[LiveWorker], monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """A federation whose messengers ask these workers; `run` is Flower's id of it."""
-    nodes = {1001 + index: {"worker": str(worker.socket)} for index, worker in enumerate(workers)}
-    monkeypatch.setattr("server.simulate.simulated_nodes", lambda config: nodes)
-    monkeypatch.setattr("server.local_grid._RUN_ID", run)
-    monkeypatch.setenv("GIVA_SIMULATION", "0")
-    return simulate(config, store)
 
 
 def test_workers_give_the_vectors_of_one_process_and_load_the_model_once(
@@ -390,7 +379,7 @@ def test_a_socket_s_path_has_an_end(toy_model: Path, toy_folder: Path) -> None:
         tempfile.TemporaryDirectory() as folder,
         pytest.raises(ConfigError, match="longer than a Unix socket's may be"),
     ):
-        listen(servicer, Path(folder) / ("x" * 120), 1)
+        listen(servicer, Path(folder) / ("x" * 120), 1, 64)
 
 
 def test_a_worker_says_who_it_is(workers: list[LiveWorker], config: RunConfig) -> None:

@@ -113,11 +113,14 @@ class LiveFederation:
         folder: Where keys, states, logs and stores lie; its path has to be short enough for a Unix socket.
         model: A base model.
         data: A folder with one sub-folder for each site.
+        tables: Further keys of the tables of every site's file.
     """
 
-    def __init__(self, folder: Path, model: Path, data: Path) -> None:
+    def __init__(
+        self, folder: Path, model: Path, data: Path, tables: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
         need("openssl", "ssh-keygen")
-        self.folder, self.model, self.data = folder, model, data
+        self.folder, self.model, self.data, self.tables = folder, model, data, tables or {}
         self.keys, self.port = folder / "keys", free_port()
         self.programs: dict[str, Program] = {}
         own = ("GIVA_SIMULATION", "GIVA_STORE", "GIVA_HOME", "GIVA_APP", "FLWR_HOME", "HF_HUB_OFFLINE")
@@ -197,7 +200,7 @@ class LiveFederation:
         """Write a site's file."""
         folder = self.folder / site
         folder.mkdir(exist_ok=True)
-        tables = {
+        tables: dict[str, Any] = {
             "name": site,
             "data": {"folder": str(self.data / site)},
             "models": {self.model.name: {"path": str(self.model)}},
@@ -209,6 +212,8 @@ class LiveFederation:
                 "key": str(self.keys / f"{site}.key"),
             },
         }
+        for title, more in self.tables.items():
+            tables[title] = {**tables[title], **more}
         file = folder / "site.toml"
         file.write_text(toml_text(tables), encoding="utf-8")
         return file

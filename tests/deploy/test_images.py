@@ -288,21 +288,34 @@ def test_health_of_http_tcp_and_unix_sockets(tmp_path: Path) -> None:
     assert health(f"127.0.0.1:{port}") == 1
 
 
+def requirements(*wanted: str) -> subprocess.CompletedProcess[str]:
+    """What pip is given for an image with these extras."""
+    command = [sys.executable, DOCKER / "requirements.py", *wanted]
+    with (ROOT / "pyproject.toml").open() as stream:
+        return subprocess.run(command, stdin=stream, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.parametrize("wanted", ["flwr", "base", "site"])
 def test_requirements_are_those_of_the_project(wanted: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    with (ROOT / "pyproject.toml").open() as stream:
-        done = subprocess.run(
-            [sys.executable, DOCKER / "requirements.py", wanted],
-            stdin=stream,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+    done = requirements(wanted)
     lines, base = set(done.stdout.splitlines()), set(project["dependencies"])
     flwr = {line for line in base if line.startswith("flwr")}
     assert lines == {"flwr": flwr, "base": base, "site": base | set(project["optional-dependencies"]["site"])}[wanted]
     assert any(line.startswith("torch") for line in lines) == (wanted == "site")
+
+
+def test_a_worker_gets_the_extras_that_its_operator_names() -> None:
+    plain, more = (set(requirements("site", "vision", *extras).stdout.splitlines()) for extras in ((), ("peft",)))
+    [added] = more - plain  # the extra names `fedgiva[site]`, too, which no index has
+    assert plain < more and added.startswith("peft")
+    unknown = requirements("site", "vision", "pefft")
+    assert unknown.returncode == 1 and "there is no extra 'pefft', only site, " in unknown.stderr
+
+
+@pytest.mark.parametrize("file", ["docker-compose.yml", "deploy/compose.site.yml", "deploy/compose.gpu.yml"])
+def test_a_worker_s_extras_are_named_in_the_environment(file: str) -> None:
+    assert "EXTRAS: ${EXTRAS:-}" in (ROOT / file).read_text(encoding="utf-8").replace('"', "")
 
 
 def test_keys_made_without_openssh_are_like_its_own(tmp_path: Path) -> None:
