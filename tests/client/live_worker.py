@@ -75,7 +75,7 @@ class LiveWorker:
             stdout=self.log,
             stderr=self.log,
         )
-        self.link = Link(self.socket, patience_seconds=60)
+        self.link = Link(self.socket, patience_seconds=240)  # the machine may be busy with much else
         self.link.status()
         return self
 

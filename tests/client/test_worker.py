@@ -121,6 +121,7 @@ def test_only_owner_and_group_may_ask(workers: list[LiveWorker]) -> None:
         ({"config": "[]"}, "config: the run's configuration cannot be read"),
         ({"config": '{"giva.rnk": 1}'}, "config"),
         ({"settings": {"giva__rank": 9}}, "policy: the site's max-rank does not allow rank 9"),
+        ({"settings": {"method": "vera"}}, "policy: the site's methods does not allow the method vera"),
         ({"settings": {"model__path": "/etc"}}, "policy: the site's models do not include the run's"),
         ({"kind": "train.round"}, "protocol: message lacks bases"),
         ({"kind": "train.calibrate"}, "protocol: message lacks stage"),
