@@ -71,8 +71,8 @@ ROWS = {
     "ffa-lora": _rated("FFA-LoRA r=8", (2e-3, 4e-3, 8e-3, 1.6e-2), method="ffa-lora"),
     "rolora": _rated("RoLoRA r=8", (*LORA_RATES, 8e-3), method="rolora"),
     "fedex-lora": _rated("FedEx-LoRA r=8", (*LORA_RATES, 8e-3), method="fedex-lora"),
-    "vera": _rated("VeRA r=256", (0.005, 0.02, 0.05, 0.1), method="vera"),
-    "osora": _rated("OSoRA r=8", (0.005, 0.02, 0.05, 0.1), method="osora"),
+    "vera": _rated("VeRA r=256", (0.02, 0.05, 0.1, 0.2), method="vera"),
+    "osora": _rated("OSoRA r=8", (0.02, 0.05, 0.1), method="osora"),
     "randlora": _rated("RandLoRA r=32", (1e-4, 5e-4, 2e-3), method="randlora"),
     "lora-xs": _rated("LoRA-XS r=8, bases of the weight", (1e-3, 5e-3, 2e-2, 5e-2), method="lora-xs"),
     "fed-sb": _rated(
