@@ -3,7 +3,7 @@
     python benchmarks/basis.py --study rank       1,000 medical questions at one place, r = 1, 8, 64
     python benchmarks/basis.py --study data       300 and 3,000 questions, r = 8
     python benchmarks/basis.py --study head       1,000, calibrated without head rounds before, r = 8
-    python benchmarks/basis.py --study answers    a language model that writes answers, three sites, r = 8 and 64
+    python benchmarks/basis.py --study answers    a language model that writes answers, three sites, r = 8
     python benchmarks/basis.py --study energy     how much of the gradient A holds, at the start and after training
 
 The loss on the validation rows after an eighth, a half and all of the run (answers: a half and all); every line is at
@@ -80,10 +80,7 @@ STUDIES: dict[str, tuple[Case, ...]] = {
     "rank": (_ranked(1, 3.0), _ranked(8, 1.0), _ranked(64, 0.4)),
     "data": tuple(Case(f"{n} questions", replace(MEDICAL, examples=n), {}) for n in (300, 3000)),
     "head": (Case("no head rounds", SMALL, {"rounds.head-rounds": 0}),),
-    "answers": tuple(
-        Case(f"r = {rank}", ANSWERS, {"giva.rank": rank}, central=False, scale=scale)
-        for rank, scale in ((8, 1.0), (64, 0.4))
-    ),
+    "answers": (Case("answers", ANSWERS, {}, central=False),),
 }
 
 
