@@ -34,6 +34,7 @@ class PixelReader:
     Attributes:
         resize: Height and width, or one number for the shorter edge; None for none.
         crop: Height and width of the centre that is kept; None for all.
+        shape: Height and width of what comes out.
         resample: Pillow's number of the filter.
         factor: What a byte is multiplied with.
         mean: Subtracted from each channel.
@@ -43,6 +44,7 @@ class PixelReader:
 
     resize: tuple[int, int] | int | None
     crop: tuple[int, int] | None
+    shape: tuple[int, int]
     resample: int
     factor: float
     mean: np.ndarray
@@ -84,19 +86,13 @@ class PixelReader:
         return cls(
             resize=resize,
             crop=fixed if crop else None,
+            shape=fixed,
             resample=int(settings.get("resample", 2)),
             factor=float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 1.0,
             mean=_channels(settings.get("image_mean", [0.5] * 3) if normalises else [0.0] * 3),
             deviation=_channels(settings.get("image_std", [0.5] * 3) if normalises else [1.0] * 3),
             settings=dict(settings),
         )
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Height and width of what comes out."""
-        fixed = self.crop or self.resize
-        assert isinstance(fixed, tuple)  # made sure of by from_settings
-        return fixed
 
     def read(self, data: bytes) -> np.ndarray:
         """Bytes `(3, height, width)` of an image file of one of `FORMATS`, of 8 bits a colour.
@@ -108,7 +104,7 @@ class PixelReader:
 
         try:
             with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-                target = opened.size if self.resize is None else self._target(*opened.size)
+                target = opened.size if self.resize is None else _target(self.resize, *opened.size)
                 if max(math.prod(opened.size), math.prod(target)) > _MOST_PIXELS:
                     raise ValueError("too many pixels")
                 if opened.mode.startswith(("I", "F")):  # conversion would cut them off at 255: a white picture
@@ -136,14 +132,6 @@ class PixelReader:
         """Write the settings as they were read."""
         Path(folder, FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
 
-    def _target(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height after resizing; one number is the shorter edge, and the other follows."""
-        if isinstance(self.resize, tuple):
-            return self.resize[1], self.resize[0]
-        short, long = sorted((width, height))
-        other = max(1, math.floor(self.resize * long / short))  # type: ignore[operator]
-        return (self.resize, other) if width <= height else (other, self.resize)  # type: ignore[return-value]
-
 
 def _size(size: Mapping[str, int]) -> tuple[int, int] | int:
     if "shortest_edge" in size:
@@ -157,6 +145,15 @@ def _size(size: Mapping[str, int]) -> tuple[int, int] | int:
             expected="shortest_edge, or height and width",
             public="the model's image settings cannot be used",
         ) from None
+
+
+def _target(resize: tuple[int, int] | int, width: int, height: int) -> tuple[int, int]:
+    """Width and height after resizing; one number is the shorter edge, and the other follows."""
+    if isinstance(resize, tuple):
+        return resize[1], resize[0]
+    short, long = sorted((width, height))
+    other = max(1, math.floor(resize * long / short))
+    return (resize, other) if width <= height else (other, resize)
 
 
 def _channels(values: Sequence[float]) -> np.ndarray:
