@@ -1,13 +1,19 @@
-"""What the methods that PEFT has share: putting its layers in, and asking for PEFT where it is not installed."""
+"""What the methods that PEFT has share: putting its layers in, and redrawing what they freeze from the shared seed.
+
+PEFT draws from torch's generator, whose numbers are not the same on every machine.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from .. import exact
 from ..errors import DependencyError
-from ..types import LayerShape
+from ..types import Arrays, LayerShape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,3 +58,27 @@ def put_in_peft(
             parameter.data = parameter.data.float()
             names.append(name)
     return tuple(names)
+
+
+def redraw_shared(layer: Any, kind: str, seed: int, bound: Callable[[tuple[int, ...]], float]) -> Arrays:
+    """Draw the two frozen matrices that all layers share anew, in place, from `U(-bound, bound)`.
+
+    Args:
+        layer: One of PEFT's layers; every layer holds the same two.
+        kind: What the matrices' names begin with: `<kind>_A` and `<kind>_B`, which are the streams of the draws too.
+        seed: The shared seed.
+        bound: The largest number, by the matrix's shape.
+
+    Returns:
+        The matrices by name, float32.
+    """
+    import torch
+
+    frozen: Arrays = {}
+    for name in (f"{kind}_A", f"{kind}_B"):
+        matrix = getattr(layer, name)["default"]
+        shape = tuple(matrix.shape)
+        frozen[name] = exact.uniform(seed, name, shape) * np.float32(bound(shape))
+        with torch.no_grad():
+            matrix.copy_(torch.from_numpy(frozen[name]))
+    return frozen

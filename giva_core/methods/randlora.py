@@ -16,14 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from .. import exact
 from ..config import RunConfig
 from ..types import Arrays, LayerShape
-from .peft_layers import put_in_peft
+from .peft_layers import put_in_peft, redraw_shared
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,8 +30,6 @@ def put_in(
     model: nn.Module, layers: Sequence[LayerShape], ranks: Sequence[int], config: RunConfig
 ) -> tuple[tuple[str, ...], Arrays]:
     """Put PEFT's RandLoRA layers into `model`, in place; arguments, result and errors as of `lora.put_in`."""
-    import torch
-
     names = put_in_peft(
         model,
         config.method,
@@ -46,10 +41,5 @@ def put_in(
         randlora_dropout=config.giva.dropout,
         save_projection=True,
     )
-    first: Any = model.get_submodule(layers[0].name)  # every layer holds the same two
-    frozen: Arrays = {}
-    for name, matrix in (("randlora_A", first.randlora_A["default"]), ("randlora_B", first.randlora_B["default"])):
-        frozen[name] = exact.uniform(config.giva.seed, name, tuple(matrix.shape)) * np.float32(math.sqrt(3.0))
-        with torch.no_grad():
-            matrix.copy_(torch.from_numpy(frozen[name]))
-    return names, frozen
+    layer = model.get_submodule(layers[0].name)
+    return names, redraw_shared(layer, "randlora", config.giva.seed, lambda shape: math.sqrt(3.0))

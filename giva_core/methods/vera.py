@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from .. import exact
 from ..config import RunConfig
 from ..types import Arrays, LayerShape
-from .peft_layers import put_in_peft
+from .peft_layers import put_in_peft, redraw_shared
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,8 +26,6 @@ def put_in(
     model: nn.Module, layers: Sequence[LayerShape], ranks: Sequence[int], config: RunConfig
 ) -> tuple[tuple[str, ...], Arrays]:
     """Put PEFT's VeRA layers into `model`, in place; arguments, result and errors as of `lora.put_in`."""
-    import torch
-
     names = put_in_peft(
         model,
         config.method,
@@ -42,11 +37,5 @@ def put_in(
         vera_dropout=config.giva.dropout,
         save_projection=True,
     )
-    first: Any = model.get_submodule(layers[0].name)  # every layer holds the same two
-    frozen: Arrays = {}
-    for name, matrix in (("vera_A", first.vera_A["default"]), ("vera_B", first.vera_B["default"])):
-        bound = np.float32(math.sqrt(6.0 / matrix.shape[1]))
-        frozen[name] = exact.uniform(config.giva.seed, name, tuple(matrix.shape)) * bound
-        with torch.no_grad():
-            matrix.copy_(torch.from_numpy(frozen[name]))
-    return names, frozen
+    layer = model.get_submodule(layers[0].name)
+    return names, redraw_shared(layer, "vera", config.giva.seed, lambda shape: math.sqrt(6.0 / shape[1]))

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,12 +25,14 @@ from transformers import GenerationConfig
 from ..config import RunConfig
 from ..errors import ConfigError
 from ..rows import Dialogue
-from .loading import find_source, quiet
+from .loading import find_source, frozen_arrays, load_network, quiet, settings_of
 from .task import Batch, Encoded, TaskModel
-from .tokens import PROBE, vocabulary
+from .tokens import PROBE, fit_tokenizer, max_positions, vocabulary
 
 #: Sum of −log p, tokens, right tokens.
 NUM_OUTPUTS = 3
+
+M = TypeVar("M", bound="AnswerModel")
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -145,9 +147,10 @@ class AnswerModel(TaskModel):
         device = next(self.model.parameters()).device
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
-    def _tokenizer_reading(self) -> list[Any]:
+    def _reading(self) -> list[Any]:
         template = getattr(self.processor, "chat_template", None)
-        return [*vocabulary(self.processor), self._ids(PROBE, special=True), self._ids(PROBE), template]
+        tokenizer = [*vocabulary(self.processor), self._ids(PROBE, special=True), self._ids(PROBE), template]
+        return [*tokenizer, self.max_positions, settings_of(self.model.config)]
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
         found: list[int] = self.processor(text, add_special_tokens=special, return_attention_mask=False)["input_ids"]
@@ -186,12 +189,21 @@ def answer_outputs(logits: torch.Tensor, targets: torch.Tensor, is_answer: torch
     return torch.stack([each.sum(-1), is_answer.sum(-1).float(), right.sum(-1).float()], dim=-1)
 
 
-def refuse_new(new: set[str], config: RunConfig) -> None:
-    """Refuse a checkpoint that lacks weights: an answering model has no head that could start anew.
+def load_answering(kind: type[M], config: RunConfig, auto: Any, settings: Any, tokenizer: Any) -> M:
+    """The model with its weights, all frozen.
+
+    Args:
+        kind: The class of the result.
+        config: The run's configuration.
+        auto: The class that loads the network, one of transformers' `AutoModel...`.
+        settings: The model's own configuration.
+        tokenizer: The model's tokenizer.
 
     Raises:
-        ConfigError: Naming the first one missing.
+        ConfigError: As `load_network`; or the checkpoint lacks weights, and no head could start anew.
     """
+    fit_tokenizer(settings, tokenizer)
+    model, new = load_network(config, auto, settings)
     if new:
         raise ConfigError(
             f"the weights of {find_source(config)} do not cover a {config.task.kind} model",
@@ -200,3 +212,13 @@ def refuse_new(new: set[str], config: RunConfig) -> None:
             remedy="use a model that was made to write texts, or another task.kind",
             public="the model's weights do not fit the kind of task",
         )
+    model.requires_grad_(False)
+    return kind(
+        model=model.eval(),
+        processor=tokenizer,
+        head_modules=(),
+        task=config.task,
+        num_outputs=NUM_OUTPUTS,
+        max_positions=max_positions(model, tokenizer),
+        frozen=frozen_arrays(model),
+    )

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..config import RunConfig
 from ..errors import ConfigError
 from ..rows import Dialogue
-from .answers import NUM_OUTPUTS, AnswerModel, answer_outputs, refuse_new
-from .loading import frozen_arrays, load_network, load_processor, load_settings, settings_of
+from .answers import AnswerModel, answer_outputs, load_answering
+from .loading import load_processor, load_settings
 from .task import Batch, Encoded
-from .tokens import attention, fit_tokenizer, max_positions, padded
+from .tokens import attention, padded
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +89,6 @@ class CausalLM(AnswerModel):
         different = {token for item in encoded for token in item["input_ids"][:-1]}
         return min(answers, len(different - self.known_ids()))
 
-    def _reading(self) -> list[Any]:
-        return [*self._tokenizer_reading(), self.max_positions, settings_of(self.model.config)]
-
     def _plain(self, row: Dialogue) -> list[tuple[list[int], bool]]:
         (_, prompt), (_, answer) = row.turns
         template = self.task.prompt_template
@@ -153,17 +150,4 @@ def _last_answer(answers: Sequence[int]) -> int:
 def load(config: RunConfig) -> CausalLM:
     """Load a decoder and its tokenizer, all frozen."""
     tokenizer = load_processor(config, AutoTokenizer)
-    settings = load_settings(config)
-    fit_tokenizer(settings, tokenizer)
-    model, new = load_network(config, AutoModelForCausalLM, settings)
-    refuse_new(new, config)
-    model.requires_grad_(False)
-    return CausalLM(
-        model=model.eval(),
-        processor=tokenizer,
-        head_modules=(),
-        task=config.task,
-        num_outputs=NUM_OUTPUTS,
-        max_positions=max_positions(model, tokenizer),
-        frozen=frozen_arrays(model),
-    )
+    return load_answering(CausalLM, config, AutoModelForCausalLM, load_settings(config), tokenizer)

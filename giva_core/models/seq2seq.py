@@ -16,10 +16,10 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from ..config import RunConfig
 from ..errors import ConfigError
 from ..rows import Dialogue
-from .answers import NUM_OUTPUTS, AnswerModel, answer_outputs, refuse_new
-from .loading import frozen_arrays, load_network, load_processor, load_settings, settings_of
+from .answers import AnswerModel, answer_outputs, load_answering
+from .loading import load_processor, load_settings
 from .task import Batch, Encoded
-from .tokens import attention, fit_tokenizer, max_positions, padded
+from .tokens import attention, padded
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +80,6 @@ class Seq2Seq(AnswerModel):
         read = [sources] if in_encoder else [sources, inputs]
         return min(len({token for ids in sequences for token in ids} - known) for sequences in read)
 
-    def _reading(self) -> list[Any]:
-        return [*self._tokenizer_reading(), self.max_positions, settings_of(self.model.config)]
-
     @property
     def _network(self) -> Any:
         return self.model
@@ -100,16 +97,4 @@ def load(config: RunConfig) -> Seq2Seq:
             remedy="use task.kind = causal-lm for a decoder alone",
             public="the model does not fit the kind of task",
         )
-    fit_tokenizer(settings, tokenizer)
-    model, new = load_network(config, AutoModelForSeq2SeqLM, settings)
-    refuse_new(new, config)
-    model.requires_grad_(False)
-    return Seq2Seq(
-        model=model.eval(),
-        processor=tokenizer,
-        head_modules=(),
-        task=config.task,
-        num_outputs=NUM_OUTPUTS,
-        max_positions=max_positions(model, tokenizer),
-        frozen=frozen_arrays(model),
-    )
+    return load_answering(Seq2Seq, config, AutoModelForSeq2SeqLM, settings, tokenizer)
