@@ -11,11 +11,12 @@ import hashlib
 import json
 import tomllib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from .config_checks import check_together
 from .errors import ConfigError
 from .method_config import LORA_FAMILY as LORA_FAMILY
 from .method_config import METHODS as METHODS
@@ -25,14 +26,13 @@ from .settings import Section as Section
 from .settings import dashed, help_of, parsed, resolve_path, scalar
 from .settings import flatten as flatten
 from .settings import option as option
+from .task_config import ANSWER_TASKS as ANSWER_TASKS
+from .task_config import LEAST_LENGTH as LEAST_LENGTH
+from .task_config import TASKS as TASKS
+from .task_config import TaskConfig as TaskConfig
 
 INITS = ("rand", "topsv", "secsv", "rowalign")
 MODES = ("fedavg", "alternate", "exact")
-TASKS = ("classification", "multilabel", "regression", "causal-lm", "seq2seq", "image-classification")
-#: Kinds whose answers are texts: they have no labels, and no head of their own.
-ANSWER_TASKS = ("causal-lm", "seq2seq")
-#: Tokens that a prompt and its answer need at least.
-LEAST_LENGTH = 8
 ALL_LINEAR = "all-linear"
 
 
@@ -45,48 +45,6 @@ class ModelConfig(Section):
     revision: str = option("", "hub revision (commit); ignored for folders")
     local_files_only: bool = option(True, "never ask a model hub; the operator may switch this off")
     dtype: str = option("float32", "type of the frozen weights", choices=("float32", "bfloat16", "float16"))
-
-
-@dataclass(frozen=True)
-class TaskConfig(Section):
-    """What is learned."""
-
-    _prefix = "task."
-    kind: str = option("classification", "kind of the task", choices=TASKS)
-    labels: tuple[str, ...] = option((), "the labels, agreed by all sites, in the order of the outputs")
-    head: str = option(
-        "mean",
-        "texts: mean pooling, normalised, then linear, or the model's own head; images have the model's own",
-        choices=("mean", "native"),
-    )
-    max_length: int = option(128, "tokens after which a text is cut", minimum=1, maximum=1 << 20)
-    share_counts: bool = option(
-        False,
-        "sites send the sums that metrics are made of, so that totals are exact; for classes they reveal frequencies",
-    )
-    prompt_format: str = option(
-        "plain",
-        "answers: prompt-template and then the completion, or the tokenizer's own chat template",
-        choices=("plain", "chat"),
-    )
-    prompt_template: str = option(
-        "", "plain prompts: the text around {prompt}, which has to be in it; empty: the prompt on a line of its own"
-    )
-    multiple_choice: str = option(
-        "none",
-        "evaluation rows with options: the likeliest one is the answer, by the sum or the mean over its tokens",
-        choices=("none", "sum", "mean"),
-    )
-    generate_examples: int = option(
-        0, "evaluation rows, from the first on, that are answered by generation for exact match; 0: none", minimum=0
-    )
-    beams: int = option(1, "beams of a generation; 1: greedy", minimum=1, maximum=16)
-    max_new_tokens: int = option(32, "most tokens of a generated answer", minimum=1, maximum=1 << 16)
-    compare: str = option(
-        "text",
-        "exact match of the whole text but for case and white space, or of the last number in it",
-        choices=("text", "number"),
-    )
 
 
 @dataclass(frozen=True)
@@ -259,83 +217,7 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_together()
-
-    def _check_together(self) -> None:
-        if self.rounds.mode != "fedavg" and self.method != "giva":
-            raise ConfigError(
-                f"rounds.mode = {self.rounds.mode} averages GiVA's vectors",
-                got=f"method = {self.method}",
-                expected="method = giva",
-            )
-        is_exact = self.rounds.mode == "exact" or self.method == "fedex-lora"
-        if is_exact and self.strategy.name not in ("fedavg", "fedprox"):
-            what = "method = fedex-lora" if self.method == "fedex-lora" else "rounds.mode = exact"
-            raise ConfigError(
-                f"{what} keeps the exact mean of the sites' products",
-                got=f"strategy.name = {self.strategy.name}",
-                expected="fedavg or fedprox",
-                remedy="choose method lora, or mode fedavg, with this strategy",
-            )
-        if self.giva.bases == "random" and self.giva.init != "rand":
-            raise ConfigError(
-                f"giva.init = {self.giva.init} makes B of the gradient",
-                got="giva.bases = random, which takes none",
-                expected="giva.init = rand",
-                remedy="set giva.bases = gradient, or giva.init = rand",
-            )
-        if self.method == "full" and (self.model.dtype != "float32" or self.giva.dropout):
-            raise ConfigError(
-                "method = full trains the weights themselves, in float32, and has no adapter to drop inputs of",
-                got=f"model.dtype = {self.model.dtype}, giva.dropout = {self.giva.dropout:g}",
-                expected="float32 and 0",
-            )
-        if self.rounds.quorum > self.rounds.min_sites:
-            raise ConfigError(
-                "a round with the fewest sites could never reach its quorum",
-                got=f"quorum {self.rounds.quorum}, min-sites {self.rounds.min_sites}",
-                expected="rounds.quorum <= rounds.min-sites",
-                remedy="raise rounds.min-sites; for a run with one site set both to 1",
-            )
-        is_headless = self.task.kind in ANSWER_TASKS and not self.giva.modules_to_save
-        if is_headless and (self.method == "head" or self.rounds.head_rounds):
-            raise ConfigError(
-                f"a {self.task.kind} task has no head of its own to train",
-                got=f"method {self.method}, {self.rounds.head_rounds} head rounds",
-                remedy="set rounds.head-rounds = 0 and another method",
-            )
-        if self.task.kind in ANSWER_TASKS and self.task.max_length < LEAST_LENGTH:
-            raise ConfigError(
-                "task.max-length leaves no room for prompt and answer",
-                got=self.task.max_length,
-                expected=f"at least {LEAST_LENGTH}",
-            )
-        if self.task.kind == "seq2seq" and self.task.prompt_format == "chat":
-            raise ConfigError(
-                "task.kind = seq2seq reads plain prompts",
-                got="task.prompt-format = chat",
-                expected="plain",
-                remedy="use task.kind = causal-lm for chats",
-            )
-        if self.task.prompt_template and "{prompt}" not in self.task.prompt_template:
-            raise ConfigError(
-                "task.prompt-template has no place for the prompt",
-                got=repr(self.task.prompt_template),
-                expected="a text with {prompt} in it",
-            )
-        if len(set(self.task.labels)) != len(self.task.labels):
-            raise ConfigError(
-                "task.labels names a label twice", got=sorted(self.task.labels), expected="distinct labels"
-            )
-        if self.strategy.options:
-            try:
-                ok = isinstance(json.loads(self.strategy.options), dict)
-            except json.JSONDecodeError:
-                ok = False
-            if not ok:
-                raise ConfigError(
-                    "strategy.options is not a JSON object", got=self.strategy.options, expected='e.g. {"eta": 0.1}'
-                )
+        check_together(self)
 
     @property
     def has_bases(self) -> bool:
@@ -399,15 +281,7 @@ class RunConfig(Section):
 
     def to_flat(self) -> dict[str, Scalar]:
         """The inverse of `from_flat`: scalar values only, lists as JSON text."""
-        flat: dict[str, Scalar] = {}
-        for spec in fields(self):
-            value = getattr(self, spec.name)
-            if isinstance(value, Section):
-                for inner in fields(value):  # type: ignore[arg-type]
-                    flat[f"{spec.name}.{dashed(inner.name)}"] = scalar(getattr(value, inner.name))
-            else:
-                flat[dashed(spec.name)] = scalar(value)
-        return flat
+        return {key: scalar(value) for key, value, _ in _walk(self)}
 
     def to_json(self) -> str:
         """JSON of the flat form, keys sorted."""
@@ -454,16 +328,18 @@ def option_types() -> dict[str, Any]:
 
 def describe_options() -> list[tuple[str, str, str]]:
     """`(key, default, help)` of every setting, in order: what docs/configuration.md and `--help` show."""
-    rows = []
-    for spec in fields(RunConfig):
-        section = getattr(RunConfig(), spec.name)
-        if isinstance(section, Section):
-            for inner in fields(section):  # type: ignore[arg-type]
-                key = f"{spec.name}.{dashed(inner.name)}"
-                rows.append((key, str(scalar(getattr(section, inner.name))), help_of(inner.metadata)))
+    return [(key, str(scalar(value)), help_of(metadata)) for key, value, metadata in _walk(RunConfig())]
+
+
+def _walk(config: RunConfig) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Flat key, value and field metadata of every setting, in order."""
+    for spec in fields(config):
+        value = getattr(config, spec.name)
+        if isinstance(value, Section):
+            for inner in fields(value):  # type: ignore[arg-type]
+                yield f"{spec.name}.{dashed(inner.name)}", getattr(value, inner.name), inner.metadata
         else:
-            rows.append((dashed(spec.name), str(scalar(section)), help_of(spec.metadata)))
-    return rows
+            yield dashed(spec.name), value, spec.metadata
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
