@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .errors import GivaError
     from .inject import (
         adapter_disabled,
-        find_targets,
         merge,
         read_state,
         read_vectors,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from .inject import inject as inject_adapters
     from .layer import GivaLinear
     from .sketch import sketch_pass
+    from .targets import find_targets
 
 __version__ = "0.1.0"
 
@@ -68,7 +68,7 @@ _DOOR = {
     "adapter_disabled": ("inject", "adapter_disabled"),
     "build_bases": ("bases", "build_bases"),
     "calibrate": ("adapt", "calibrate"),
-    "find_targets": ("inject", "find_targets"),
+    "find_targets": ("targets", "find_targets"),
     "inject_adapters": ("inject", "inject"),
     "load_adapter": ("checkpoint", "load_adapter"),
     "merge": ("inject", "merge"),

@@ -26,12 +26,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import BasesError, NumericsError
+from .fixed_point import checked as checked
+from .fixed_point import finite, round_columns
+from .fixed_point import quantise as quantise
 from .jacobi import diagonalise
 
 #: Integers below this, and sums of them that stay below it, are exact in float64.
 EXACT_LIMIT = 2.0**53
-#: Exponents of columns lie in ±this: far beyond float32, and no product of two leaves the normal float64 numbers.
-EXPONENT_LIMIT = 256
 #: A singular value below this share of the largest one is rounding of float32 input: the direction is null.
 NULL_RATIO = 2.0**-22
 
@@ -87,93 +88,6 @@ def _random_bits(seed: int, stream: str, shape: tuple[int, ...]) -> np.ndarray:
     key = hashlib.sha256(f"{seed}:{stream}".encode()).digest()[:16]
     generator = np.random.Philox(key=np.frombuffer(key, "<u8").astype(np.uint64))
     return generator.random_raw(math.prod(shape)).reshape(shape)
-
-
-# -- rounding to integers ----------------------------------------------------------------------------------------------
-
-
-def quantise(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Round each column to integers of `bits` bits, sign included, times a power of two.
-
-        values[:, j] ≈ codes[:, j] · 2^exponents[j],   |codes| <= 2^(bits-1) - 1
-
-    Args:
-        values: Finite numbers `(n, q)`.
-        bits: Bits of an integer, 2 to 32.
-
-    Returns:
-        int32 codes `(n, q)` and int32 exponents `(q,)`; a zero column has codes 0 and exponent 0.
-
-    Raises:
-        NumericsError: A value is not finite, or beyond 2^±256.
-    """
-    codes, exponents = _round_columns(_finite(values), bits)
-    if np.any(np.abs(exponents) > EXPONENT_LIMIT):
-        raise NumericsError(
-            "a matrix has a column out of range",
-            got=f"exponents {exponents.min()} to {exponents.max()}",
-            expected=f"within ±{EXPONENT_LIMIT}",
-            cause="values that float32 cannot hold",
-        )
-    return codes.astype(np.int32), exponents
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 2:
-        raise BasesError("a matrix was expected", got=f"shape {values.shape}", expected="shape (n, q)")
-    bad = values.size - int(np.count_nonzero(np.isfinite(values)))
-    if bad:
-        raise NumericsError(
-            "a matrix holds numbers that are not finite",
-            got=f"{bad} of {values.size} NaN or infinite",
-            cause="the loss or its gradient overflowed",
-            remedy="use float32 or bfloat16 weights, or check the inputs",
-            public="a sketch is not finite",
-        )
-    return values
-
-
-def _round_columns(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """`quantise`, the integers still held in float64."""
-    limit = 2.0 ** (bits - 1) - 1.0
-    largest = np.max(np.abs(values), axis=0, initial=0.0)
-    exponents = np.where(largest > 0.0, np.frexp(largest)[1] - (bits - 1), 0).astype(np.int32)
-    # A column whose largest entry would round up to 2^(bits-1) takes the next power of two.
-    exponents += (np.rint(np.ldexp(largest, -exponents)) > limit).astype(np.int32)
-    return np.rint(np.ldexp(values, -exponents)) + 0.0, exponents
-
-
-def checked(codes: np.ndarray, exponents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The integers as float64 and the exponents as int64, once they are what `orthonormalise` asks for.
-
-    Raises:
-        BasesError: Not a matrix of signed integers with an exponent within ±256 for each column.
-        NumericsError: Numbers that are not finite.
-    """
-    codes, exponents = np.asarray(codes), np.asarray(exponents)
-    if codes.dtype.kind == "f":
-        _finite(codes)
-    if codes.ndim != 2 or 0 in codes.shape or codes.dtype.kind != "i":
-        raise BasesError(
-            "a matrix of integers was expected",
-            got=f"{codes.dtype} of shape {codes.shape}",
-            expected="signed integers of shape (n, q)",
-            remedy="quantise the values first",
-        )
-    if exponents.shape != codes.shape[1:] or exponents.dtype.kind != "i":
-        raise BasesError(
-            "the exponents do not fit the integers",
-            got=f"{exponents.dtype} of shape {exponents.shape}",
-            expected=f"signed integers of shape ({codes.shape[1]},)",
-        )
-    if np.any(np.abs(exponents.astype(np.int64)) > EXPONENT_LIMIT):
-        raise BasesError(
-            "an exponent is out of range",
-            got=f"{exponents.min()} to {exponents.max()}",
-            expected=f"within ±{EXPONENT_LIMIT}",
-        )
-    return codes.astype(np.float64), exponents.astype(np.int64)
 
 
 # -- orthonormal columns -----------------------------------------------------------------------------------------------
@@ -251,7 +165,7 @@ def rotate(columns: np.ndarray, rotation: np.ndarray) -> np.ndarray:
         columns: Orthonormal columns `(n, q)`, float32 or float64.
         rotation: Orthonormal columns `(q, k)`.
     """
-    return _refine(np.ldexp(_product(np.rint(np.ldexp(_finite(columns), _UNIT_BITS)), rotation), -_UNIT_BITS))
+    return _refine(np.ldexp(_product(np.rint(np.ldexp(finite(columns), _UNIT_BITS)), rotation), -_UNIT_BITS))
 
 
 def multiply(codes: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -267,7 +181,7 @@ def multiply(codes: np.ndarray, columns: np.ndarray) -> np.ndarray:
     Raises:
         NumericsError: The integers leave fewer than 12 bits, or `columns` are not finite.
     """
-    return _product(codes.astype(np.float64), _finite(columns))
+    return _product(codes.astype(np.float64), finite(columns))
 
 
 def unit_rows(codes: np.ndarray, exponents: np.ndarray) -> np.ndarray:
@@ -353,7 +267,7 @@ def _product(codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
             got=f"{codes.shape[1]} terms of up to {largest.bit_length()} bits",
             expected="at most 41 bits together",
         )
-    integers, exponents = _round_columns(weights, bits + 1)
+    integers, exponents = round_columns(weights, bits + 1)
     return np.ldexp(codes @ integers + 0.0, exponents)
 
 

@@ -7,8 +7,6 @@ Gradient-Informed Bases for Vector-Based Adaptation", arXiv:2604.21901.
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import ALL_LINEAR, GivaConfig
 from .errors import BasesError, ConfigError, NumericsError, ProtocolError, TargetError
-from .layer import GivaLinear, check_bases, is_adaptable, linear_shape, unwrap
-from .types import Arrays, BasesSet, LayerShape
+from .layer import GivaLinear, check_bases, linear_shape
+from .targets import find_targets as find_targets
+from .targets import inside, listed, nearby, no_module, refuse_shared, walk
+from .targets import layer_shapes as layer_shapes
+from .types import Arrays, BasesSet
 
 VECTORS = ("lambda_o", "lambda_s")
 
@@ -45,69 +45,6 @@ class AdapterSummary:
     def share(self) -> float:
         """Trained numbers divided by all numbers."""
         return (self.vector_parameters + self.other_parameters) / self.total_parameters
-
-
-# -- targets ----------------------------------------------------------------------------------------------------------
-
-
-def find_targets(
-    model: nn.Module, target_modules: str | Collection[str], exclude: Collection[str] = ()
-) -> tuple[tuple[str, nn.Module], ...]:
-    """The linear layers to adapt, in model order.
-
-    Args:
-        model: A plain or adapted model, also on the meta device.
-        target_modules: `all-linear`: every linear layer but output embeddings and `exclude`; another string: a regular
-            expression for the whole name; a collection: names, or dotted endings of names.
-        exclude: Modules that are trained whole (heads); they and what lies inside them are never adapted.
-
-    Returns:
-        `(name, module)` of each target; the module is a `GivaLinear` where the layer is adapted already.
-
-    Raises:
-        TargetError: Nothing matches, an ending matches nothing, a match is not a linear layer, or a target shares its
-            module or weight with another place in the model.
-    """
-    modules = dict(_walk(model))
-    open_names = [name for name in modules if not _inside(name, exclude)]
-    if target_modules == ALL_LINEAR:
-        outputs = _output_embeddings(model)
-        names = [name for name in open_names if is_adaptable(modules[name]) and id(modules[name]) not in outputs]
-        if not names:
-            raise TargetError("the model has no linear layer to adapt", got=type(model).__name__)
-    elif isinstance(target_modules, str):
-        names = _match_expression(target_modules, open_names, modules)
-    else:
-        names = _match_endings(target_modules, open_names, modules)
-    for name in names:
-        linear_shape(modules[name], name)
-    _refuse_shared(model, names)
-    return tuple((name, modules[name]) for name in names)
-
-
-def layer_shapes(
-    model: nn.Module, config: GivaConfig, exclude: Collection[str] = ()
-) -> tuple[tuple[LayerShape, ...], tuple[int, ...]]:
-    """Shapes and effective ranks of the targets of `config`, in model order; see `find_targets`.
-
-    A layer that is smaller than the rank gets what it can hold; a rank that no layer holds is a mistake.
-
-    Raises:
-        TargetError: Nothing to adapt, or the rank is above every layer's.
-    """
-    targets = find_targets(model, config.target_modules, exclude)
-    layers = tuple(linear_shape(module, name) for name, module in targets)
-    ranks = tuple(layer.effective_rank(config.rank, config.init) for layer in layers)
-    largest = max((min(layer.d_out, layer.d_in) for layer in layers), default=config.rank)
-    if largest < config.rank:
-        raise TargetError(
-            "the rank is above that of every layer",
-            got=f"giva.rank = {config.rank}",
-            expected=f"at most {largest}",
-            remedy="lower giva.rank",
-            public=f"giva.rank {config.rank} is above that of every layer, {largest}",
-        )
-    return layers, ranks
 
 
 # -- wrapping ---------------------------------------------------------------------------------------------------------
@@ -141,15 +78,15 @@ def inject(
         raise TargetError("the model is adapted already", remedy="call remove(model) first")
     if not bases.layers:
         raise BasesError("there are no bases to adapt the model with", expected="bases of at least one layer")
-    modules = dict(_walk(model))
+    modules = dict(walk(model))
     for name in (*bases.layers, *trainable):
         if name not in modules:
-            raise _no_module(name, modules)
+            raise no_module(name, modules)
     for name, layer in bases.layers.items():
         check_bases(linear_shape(modules[name], name), layer.A, layer.B)
-        if _inside(name, trainable):
+        if inside(name, trainable):
             raise TargetError(f"'{name}' would be adapted and trained whole", remedy="leave it out of one of the two")
-    _refuse_shared(model, list(bases.layers))
+    refuse_shared(model, list(bases.layers))
 
     model.requires_grad_(False)
     for name in trainable:
@@ -279,9 +216,9 @@ def module_state_names(model: nn.Module, modules: Collection[str]) -> tuple[str,
     known = dict(model.named_modules())
     for module in modules:
         if module not in known:
-            raise _no_module(module, known)
+            raise no_module(module, known)
     state = model.state_dict(keep_vars=True)
-    return tuple(name for name, tensor in state.items() if tensor.is_floating_point() and _inside(name, modules))
+    return tuple(name for name, tensor in state.items() if tensor.is_floating_point() and inside(name, modules))
 
 
 def read_state(model: nn.Module, names: Collection[str]) -> Arrays:
@@ -292,7 +229,7 @@ def read_state(model: nn.Module, names: Collection[str]) -> Arrays:
     """
     tensors = _state(model)
     if unknown := [name for name in names if name not in tensors]:
-        raise ProtocolError("the model has no such array", got=_listed(unknown), expected=_nearby(unknown[0], tensors))
+        raise ProtocolError("the model has no such array", got=listed(unknown), expected=nearby(unknown[0], tensors))
     return {name: _to_numpy(tensors[name]) for name in names}
 
 
@@ -311,98 +248,9 @@ def write_state(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All named modules under every name they have, without the root and the inside of adapters."""
-    adapter: str | None = None
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and (adapter is None or not name.startswith(adapter)):
-            adapter = f"{name}." if isinstance(module, GivaLinear) else None
-            yield name, module
-
-
-def _inside(name: str, modules: Collection[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
-def _output_embeddings(model: nn.Module) -> set[int]:
-    """Identities of the output embeddings of the model and of the models inside it."""
-    getters = [getattr(module, "get_output_embeddings", None) for module in model.modules()]
-    return {id(getter()) for getter in getters if getter is not None}
-
-
-def _match_expression(expression: str, names: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    try:
-        pattern = re.compile(expression)
-    except re.error as error:
-        raise TargetError("giva.target-modules is not a regular expression", got=f"'{expression}' ({error})") from None
-    matched = [name for name in names if pattern.fullmatch(name)]
-    if not matched:
-        raise TargetError(
-            f"no module's whole name matches the regular expression '{expression}'",
-            expected=_nearby(expression, modules),
-            cause="a single string is an expression for the whole name",
-            remedy="give endings as a list",
-        )
-    return matched
-
-
-def _match_endings(endings: Collection[str], names: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    def matching(ending: str, among: Collection[str]) -> set[str]:
-        return {name for name in among if f".{name}".endswith(f".{ending}")}
-
-    matched: set[str] = set()
-    for ending in endings:
-        found = matching(ending, names) if ending else set()
-        if not found and ending and matching(ending, modules):
-            raise TargetError(f"target '{ending}' is inside a module that is trained whole", remedy="leave it out")
-        if not found:
-            raise TargetError(
-                f"target '{ending}' matches no module",
-                expected=_nearby(ending, modules),
-                cause="a name of another architecture",
-            )
-        matched |= found
-    if not matched:
-        raise TargetError("giva.target-modules is empty", expected=_nearby("", modules))
-    return [name for name in names if name in matched]
-
-
-def _nearby(name: str, known: Mapping[str, object]) -> str:
-    """Up to five known names (or endings of linear layers) that look like `name`."""
-    linear = dict.fromkeys(
-        key.rpartition(".")[2] for key, value in known.items() if isinstance(value, nn.Module) and is_adaptable(value)
-    )
-    close = difflib.get_close_matches(name, [*linear, *known], n=5, cutoff=0.6) or list(linear or known)[:5]
-    return f"for example {', '.join(close)}" if close else "a model with such a module"
-
-
-def _no_module(name: str, known: Mapping[str, object]) -> TargetError:
-    cause = "bases or settings of another model"
-    return TargetError(f"the model has no module '{name}'", expected=_nearby(name, known), cause=cause)
-
-
-def _refuse_shared(model: nn.Module, names: list[str]) -> None:
-    """A delta on one place of a shared weight would be merged into, or trained in, the other place as well."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in names:
-        base = unwrap(modules[name])
-        places = [owner.removesuffix(".weight").removesuffix(".base_layer") for owner in owners[id(base.weight)]]
-        others = [place for place in places if place != name]
-        if others:
-            same = unwrap(modules[others[0]]) is base
-            raise TargetError(
-                f"target '{name}' is shared with {_listed(others)}",
-                cause="one module under several names" if same else "tied weights, as of input and output embeddings",
-                remedy="leave it out of giva.target-modules, or untie the weights",
-            )
-
-
 def _refuse_merged(layers: Mapping[str, GivaLinear], what: str) -> None:
     if merged := [name for name, layer in layers.items() if layer.merged]:
-        raise TargetError(f"{what} while layers are merged", got=_listed(merged), remedy="call unmerge(model) first")
+        raise TargetError(f"{what} while layers are merged", got=listed(merged), remedy="call unmerge(model) first")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -429,9 +277,9 @@ def _checked(arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int,
     """`arrays` as contiguous float32, or the first thing that is wrong with them."""
     cause = "arrays of another model or configuration"
     if missing := [name for name in expected if name not in arrays]:
-        raise ProtocolError(f"{what} are missing", got=f"none for {_listed(missing)}", cause=cause)
+        raise ProtocolError(f"{what} are missing", got=f"none for {listed(missing)}", cause=cause)
     if unexpected := [name for name in arrays if name not in expected]:
-        raise ProtocolError(f"unexpected {what}", got=_listed(unexpected), cause=cause)
+        raise ProtocolError(f"unexpected {what}", got=listed(unexpected), cause=cause)
     values: Arrays = {}
     for name, array in arrays.items():
         if not np.issubdtype(array.dtype, np.floating):
@@ -451,8 +299,3 @@ def _checked(arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int,
 def _write(tensors: Mapping[str, Tensor], values: Mapping[str, np.ndarray]) -> None:
     for name, value in values.items():
         tensors[name].copy_(torch.tensor(value))
-
-
-def _listed(names: Collection[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in list(names)[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

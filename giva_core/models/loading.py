@@ -26,6 +26,7 @@ from .. import exact
 from ..config import RunConfig
 from ..errors import ConfigError
 from ..paths import expand
+from ..targets import inside
 
 #: Settings that say nothing about the frozen model: where it came from, its type (the weights show it), its task.
 _NO_SETTINGS = {
@@ -192,11 +193,6 @@ def frozen_arrays(model: nn.Module, head_modules: Sequence[str] = ()) -> dict[st
     persistent = model.state_dict().keys()
     arrays = {**dict(model.named_parameters()), **{k: v for k, v in model.named_buffers() if k in persistent}}
     return {name: tensor for name, tensor in arrays.items() if not inside(name, head_modules)}
-
-
-def inside(name: str, modules: Sequence[str]) -> bool:
-    """Whether a module or parameter of this name is one of `modules`, or lies in one."""
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _head_modules(model: Any, new: set[str], source: str) -> tuple[str, ...]:
