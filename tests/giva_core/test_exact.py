@@ -48,41 +48,12 @@ def test_signs_are_balanced_signs() -> None:
     assert abs(float(draw.mean())) < 0.1
 
 
-@pytest.mark.parametrize("bits", [2, 8, 12, 16, 20, 32])
-def test_quantise_is_within_half_a_step_and_within_its_bits(bits: int) -> None:
-    wanted = matrix(50, 6) * np.array([1e-12, 1.0, 1e9, 3.0, 1e-3, 7.0])
-    codes, exponents = exact.quantise(wanted, bits)
-    assert np.abs(codes.astype(np.int64)).max() <= 2 ** (bits - 1) - 1
-    assert np.all(np.abs(values(codes, exponents) - wanted) <= 2.0 ** (exponents - 1))
-    again = exact.quantise(values(codes, exponents), bits)
-    np.testing.assert_array_equal(values(*again), values(codes, exponents))
-
-
-def test_quantise_keeps_the_largest_code_where_rounding_up_would_leave_the_range() -> None:
-    codes, exponents = exact.quantise(np.array([[1.0 - 2.0**-20, 1.0], [0.0, -1.0]]), 8)
-    np.testing.assert_array_equal(codes, [[64, 64], [0, -64]])
-    np.testing.assert_array_equal(exponents, [-6, -6])
-
-
-def test_zero_columns_quantise_to_zero() -> None:
-    codes, exponents = exact.quantise(np.array([[0.0, 2.0], [-0.0, 1.0], [0.0, 0.5]]), 16)
-    np.testing.assert_array_equal(codes[:, 0], 0)
-    assert exponents[0] == 0
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_not_finite_are_refused(bad: float) -> None:
     wanted = matrix(5, 3)
     wanted[2, 1] = bad
-    with pytest.raises(NumericsError, match="1 of 15"):
-        exact.quantise(wanted, 16)
     with pytest.raises(NumericsError, match="not finite"):
         exact.orthonormalise(wanted, np.zeros(3, np.int32))
-
-
-def test_values_beyond_float32_are_refused() -> None:
-    with pytest.raises(NumericsError, match="out of range"):
-        exact.quantise(np.full((3, 1), 1e200), 16)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy_modules import Conv1D
 
 from giva_core.fused import adapted_linear, is_fused_cheaper
 from giva_core.layer import GivaLinear
@@ -15,19 +16,6 @@ from giva_core.layer import GivaLinear
 D_OUT, D_IN, R = 7, 11, 3
 #: Both passes fold; only the backward pass fuses; both fuse.
 FEW, SOME, MANY = 4, 9, 40
-
-
-class Conv1D(nn.Module):
-    """The form of transformers' layer of this name: the weight is `(d_in, d_out)`."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf = nf
-        self.weight = nn.Parameter(torch.randn(nx, nf))
-        self.bias = nn.Parameter(torch.randn(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.nf)
 
 
 def make_layer(

@@ -1,18 +1,18 @@
-"""Targets, wrapping, and reading and writing what is trained."""
+"""Wrapping, and reading and writing what is trained."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from toy_modules import HIDDEN, INNER, LABELS, Toy, make_bases
 
 from giva_core.config import GivaConfig
 from giva_core.errors import BasesError, ConfigError, NumericsError, ProtocolError, TargetError
 from giva_core.inject import (
     adapted_layers,
     adapter_disabled,
-    find_targets,
     inject,
     layer_shapes,
     merge,
@@ -28,58 +28,10 @@ from giva_core.inject import (
     write_vectors,
 )
 from giva_core.layer import GivaLinear
-from giva_core.types import Bases, BasesSet, LayerShape
+from giva_core.targets import find_targets
+from giva_core.types import BasesSet, LayerShape
 
-HIDDEN, INNER, VOCAB, LABELS = 6, 10, 13, 3
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(HIDDEN, INNER)
-        self.down = nn.Linear(INNER, HIDDEN, bias=False)
-        self.norm = nn.LayerNorm(HIDDEN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.down(torch.tanh(self.up(x))))
-
-
-class Toy(nn.Module):
-    """An embedding, two blocks, an output embedding that may be tied, and a head with a buffer."""
-
-    def __init__(self, tied: bool = False) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCAB, HIDDEN)
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.lm_head = nn.Linear(HIDDEN, VOCAB, bias=False)
-        self.head = nn.Sequential(nn.Linear(HIDDEN, LABELS), nn.BatchNorm1d(LABELS))
-        if tied:
-            self.lm_head.weight = self.embed.weight
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean(1))
-
-
-BACKBONE = ("blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down")
 TOKENS = torch.arange(8).reshape(2, 4)
-
-
-def make_bases(layers: tuple[LayerShape, ...], ranks: tuple[int, ...]) -> BasesSet:
-    rng = np.random.default_rng(0)
-    made = {
-        layer.name: Bases(
-            np.linalg.qr(rng.normal(size=(layer.d_in, r)))[0].T.astype(np.float32),
-            np.linalg.qr(rng.normal(size=(layer.d_out, r)))[0].astype(np.float32),
-        )
-        for layer, r in zip(layers, ranks, strict=True)
-    }
-    return BasesSet(made, "rand", "0" * 64)
 
 
 def adapted(perturbed: bool = True, **options: object) -> Toy:
@@ -91,111 +43,6 @@ def adapted(perturbed: bool = True, **options: object) -> Toy:
         rng = np.random.default_rng(1)
         write_vectors(model, {n: rng.normal(size=a.shape).astype(np.float32) for n, a in read_vectors(model).items()})
     return model
-
-
-def names(found: tuple[tuple[str, nn.Module], ...]) -> tuple[str, ...]:
-    return tuple(name for name, _ in found)
-
-
-# -- targets ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_all_linear_leaves_out_heads_and_output_embeddings(tied: bool) -> None:
-    assert names(find_targets(Toy(tied), "all-linear", exclude=["head"])) == BACKBONE
-
-
-def test_output_embeddings_of_an_inner_model_are_left_out_too() -> None:
-    wrapper = nn.ModuleDict({"backbone": Toy(), "classifier": nn.Linear(HIDDEN, LABELS)})
-    found = names(find_targets(wrapper, "all-linear", exclude=["classifier", "backbone.head"]))
-    assert found == tuple(f"backbone.{name}" for name in BACKBONE)
-
-
-def test_endings_match_whole_dotted_parts_in_model_order() -> None:
-    assert names(find_targets(Toy(), ("down", "0.up"))) == ("blocks.0.up", "blocks.0.down", "blocks.1.down")
-    assert names(find_targets(Toy(), ["blocks.1.up"])) == ("blocks.1.up",)
-    with pytest.raises(TargetError, match="'p' matches no module"):
-        find_targets(Toy(), ("p",))
-
-
-def test_expression_matches_the_whole_name() -> None:
-    assert names(find_targets(Toy(), r"blocks\.\d\.up")) == ("blocks.0.up", "blocks.1.up")
-    with pytest.raises(TargetError, match=r"'up'.*endings as a list"):
-        find_targets(Toy(), "up")
-    with pytest.raises(TargetError, match="not a regular expression"):
-        find_targets(Toy(), "(")
-
-
-def test_untied_output_embedding_may_be_named() -> None:
-    assert names(find_targets(Toy(), ("lm_head",))) == ("lm_head",)
-
-
-@pytest.mark.parametrize("ending", ["upp", "blocks.2.up", ""])
-def test_an_ending_that_matches_nothing_is_refused_with_near_names(ending: str) -> None:
-    with pytest.raises(TargetError, match=rf"'{ending}' matches no module.*\bup\b"):
-        find_targets(Toy(), ("down", ending))
-
-
-def test_no_target_at_all_is_refused() -> None:
-    with pytest.raises(TargetError, match="empty"):
-        find_targets(Toy(), ())
-    with pytest.raises(TargetError, match="no linear layer"):
-        find_targets(nn.Sequential(nn.LayerNorm(3)), "all-linear")
-
-
-def test_a_target_inside_a_head_is_refused() -> None:
-    with pytest.raises(TargetError, match="trained whole"):
-        find_targets(Toy(), ("head.0",), exclude=["head"])
-
-
-@pytest.mark.parametrize(("target", "kind"), [("norm", "LayerNorm"), ("embed", "Embedding"), ("blocks", "ModuleList")])
-def test_other_kinds_of_modules_are_refused_by_name_and_type(target: str, kind: str) -> None:
-    with pytest.raises(TargetError, match=rf"{target}.*{kind}"):
-        find_targets(Toy(), (target,))
-
-
-def test_convolutions_are_refused_when_named() -> None:
-    model = nn.ModuleDict({"conv": nn.Conv1d(3, 4, 1), "linear": nn.Linear(3, 4)})
-    assert names(find_targets(model, "all-linear")) == ("linear",)
-    with pytest.raises(TargetError, match=r"'conv'.*Conv1d"):
-        find_targets(model, r".*")
-
-
-def test_weight_tied_to_an_embedding_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"'lm_head' is shared with 'embed'.*tied weights"):
-        find_targets(Toy(tied=True), ("lm_head",))
-
-
-def test_two_targets_with_one_weight_are_refused() -> None:
-    model = Toy()
-    model.blocks[1].up.weight = model.blocks[0].up.weight
-    with pytest.raises(TargetError, match=r"'blocks.0.up' is shared with 'blocks.1.up'.*tied weights"):
-        find_targets(model, "all-linear", exclude=["head"])
-
-
-def test_one_module_under_two_names_is_refused() -> None:
-    model = Toy()
-    model.alias = model.blocks[0].up
-    with pytest.raises(TargetError, match=r"shared with 'alias'.*several names"):
-        find_targets(model, ("blocks.0.up",))
-
-
-def test_layer_shapes_on_meta_on_cpu_and_after_injection_agree() -> None:
-    config = GivaConfig(rank=6)
-    with torch.device("meta"):
-        meta = Toy()
-    layers, ranks = layer_shapes(meta, config, exclude=["head"])
-    assert layers[:2] == (LayerShape("blocks.0.up", INNER, HIDDEN), LayerShape("blocks.0.down", HIDDEN, INNER))
-    assert ranks == (6, 6, 6, 6)
-    assert layer_shapes(adapted(), config, exclude=["head"]) == (layers, ranks)
-    assert layer_shapes(meta, GivaConfig(rank=6, init="secsv"), exclude=["head"])[1] == (3, 3, 3, 3)
-
-
-def test_a_rank_is_clipped_where_a_layer_is_smaller_and_refused_where_all_are() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.Linear(9, 12))
-    assert layer_shapes(model, GivaConfig(rank=7))[1] == (5, 7)
-    with pytest.raises(TargetError, match=r"got giva.rank = 10; expected at most 9. Remedy: lower giva.rank"):
-        layer_shapes(model, GivaConfig(rank=10))
 
 
 # -- wrapping -----------------------------------------------------------------------------------------

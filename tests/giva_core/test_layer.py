@@ -9,25 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from toy_modules import Conv1D
 
 from giva_core.errors import BasesError, NumericsError, TargetError
 from giva_core.layer import GivaLinear, is_adaptable, linear_shape, unwrap
 from giva_core.types import LayerShape
 
 D_OUT, D_IN, R, TOKENS = 7, 11, 3, 5
-
-
-class Conv1D(nn.Module):
-    """The form of transformers' layer of this name: the weight is `(d_in, d_out)`."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf = nf
-        self.weight = nn.Parameter(torch.randn(nx, nf))
-        self.bias = nn.Parameter(torch.randn(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.nf)
 
 
 def make_base(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -13,24 +13,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from filled_store import SITES, fill, train_record
+from filled_store import SITES, train_record
 
 from giva_core.config import RunConfig
 from giva_core.types import SiteRecord
 from server.cli.main import cli
 from server.cli.metrics import COLUMNS
 from server.run_store import RunStore
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunStore, str, str]:
-    return fill(tmp_path_factory.mktemp("store"))
-
-
-@pytest.fixture
-def giva(filled: tuple[RunStore, str, str]) -> Callable[..., Result]:
-    environment = {"GIVA_STORE": str(filled[0].root)}
-    return lambda *arguments: CliRunner().invoke(cli, [str(argument) for argument in arguments], env=environment)
 
 
 def test_metrics_show(giva: Callable[..., Result], filled: tuple[RunStore, str, str]) -> None:

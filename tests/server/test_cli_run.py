@@ -33,17 +33,6 @@ SITE = {
 }
 
 
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunStore, str, str]:
-    return fill(tmp_path_factory.mktemp("store"))
-
-
-@pytest.fixture
-def giva(filled: tuple[RunStore, str, str]) -> Callable[..., Result]:
-    environment = {"GIVA_STORE": str(filled[0].root)}
-    return lambda *arguments: CliRunner().invoke(cli, [str(argument) for argument in arguments], env=environment)
-
-
 def data_of(done: Result, kind: str) -> dict[str, Any]:
     assert done.exit_code == 0, done.stderr
     envelope = json.loads(done.stdout)
