@@ -13,7 +13,8 @@ Everybody builds A and B from the same broadcast integers with `exact`, and comp
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 
@@ -71,7 +72,12 @@ def quantise(values: np.ndarray, bits: int) -> QuantisedSketch:
         NumericsError: A value is not finite, or out of float32's range by far.
     """
     codes, exponents = exact.quantise(values, bits)
-    return QuantisedSketch(codes.astype(np.int8 if bits <= 8 else np.int16 if bits <= 16 else np.int32), exponents)
+    return QuantisedSketch(codes.astype(code_type(bits)), exponents)
+
+
+def code_type(bits: int) -> np.dtype:
+    """The type of a sketch's codes, by the bits of an entry."""
+    return np.dtype(np.int8 if bits <= 8 else np.int16 if bits <= 16 else np.int32)
 
 
 def dequantise(sketch: QuantisedSketch) -> np.ndarray:
@@ -84,12 +90,12 @@ def dequantise(sketch: QuantisedSketch) -> np.ndarray:
     return np.ldexp(codes, exponents)
 
 
-def mean_of_sketches(sketches: Sequence[QuantisedSketch], weights: Sequence[int]) -> np.ndarray:
+def mean_of_sketches(sketches: Iterable[QuantisedSketch], weights: Sequence[int]) -> np.ndarray:
     """The weighted mean `Σ w_k Y_k / Σ w_k`, float64 `(n, q)`.
 
-    The terms are added in the order given, so fix it (sorted by site). Where the codes, weights and the spread of the
-    exponents need at most 53 bits together, as they do in practice at 16 bits, every sum is exact and the order does
-    not matter.
+    The terms are added one at a time, so that they may be made or read as they are asked for; and in the order given,
+    so fix it (sorted by site). Where the codes, weights and the spread of the exponents need at most 53 bits together,
+    as they do in practice at 16 bits, every sum is exact and the order does not matter.
 
     Args:
         sketches: One for each site, all of the same shape.
@@ -98,9 +104,7 @@ def mean_of_sketches(sketches: Sequence[QuantisedSketch], weights: Sequence[int]
     Raises:
         BasesError: No sketches, unequal shapes, a negative weight, or a total weight of zero.
     """
-    if len(sketches) != len(weights) or not sketches:
-        raise BasesError("sketches and weights do not fit", got=f"{len(sketches)} sketches, {len(weights)} weights")
-    if min(weights) < 0 or sum(weights) == 0:
+    if min(weights, default=0) < 0 or sum(weights) == 0:
         raise BasesError(
             "the sketches have no weight",
             got=f"weights {list(weights)}",
@@ -108,21 +112,30 @@ def mean_of_sketches(sketches: Sequence[QuantisedSketch], weights: Sequence[int]
             cause="no site had calibration examples",
             remedy="check the sites' data and giva.calibration-batches",
         )
-    shapes = sorted({sketch.codes.shape for sketch in sketches})
-    if len(shapes) > 1:
-        raise BasesError(
-            "the sites' sketches differ in shape",
-            got=" and ".join(map(str, shapes)),
-            expected="one shape",
-            cause="a site runs another model or configuration",
-        )
-    total = np.zeros(shapes[0])
-    for sketch, weight in zip(sketches, weights, strict=True):
-        total = total + float(weight) * dequantise(sketch)
+    total: np.ndarray | None = None
+    for sketch, weight in zip_longest(sketches, weights):
+        if sketch is None or weight is None:
+            raise BasesError(
+                "sketches and weights do not fit",
+                got=f"{'fewer' if sketch is None else 'more'} sketches than the {len(weights)} weights",
+            )
+        term, exponents = exact.checked(sketch.codes, sketch.exponents)
+        if total is None:
+            total = np.zeros(term.shape)
+        elif total.shape != term.shape:
+            raise BasesError(
+                "the sites' sketches differ in shape",
+                got=f"{total.shape} and {term.shape}",
+                expected="one shape",
+                cause="a site runs another model or configuration",
+            )
+        term *= np.ldexp(float(weight), exponents)  # rounded once, as weight · (codes · 2^exponents) is
+        total += term
+    assert total is not None  # there is a weight, and so there was a sketch
     return total / float(sum(weights))
 
 
-def mean_sketch(sketches: Sequence[QuantisedSketch], weights: Sequence[int], bits: int) -> QuantisedSketch:
+def mean_sketch(sketches: Iterable[QuantisedSketch], weights: Sequence[int], bits: int) -> QuantisedSketch:
     """`mean_of_sketches`, rounded again to `bits` bits: what the server broadcasts."""
     return quantise(mean_of_sketches(sketches, weights), bits)
 

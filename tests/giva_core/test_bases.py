@@ -95,6 +95,17 @@ def test_mean_does_not_depend_on_the_order_of_sites() -> None:
         assert bases.mean_of_sketches([sites[i] for i in order], [weights[i] for i in order]).tobytes() == wanted
 
 
+def test_mean_has_the_bytes_of_the_written_out_sum_even_where_that_rounds() -> None:
+    rng = np.random.default_rng(14)
+    sites = [bases.quantise(rng.standard_normal((25, 6)) * 7.0 ** (9 * k), bits) for k, bits in enumerate((32, 8, 20))]
+    weights = [2**40 + 1, 3, 2**27 - 1]
+    wanted = np.zeros((25, 6))
+    for sketch, weight in zip(sites, weights, strict=True):
+        wanted = wanted + float(weight) * bases.dequantise(sketch)
+    found = bases.mean_of_sketches(iter(sites), weights)
+    assert found.tobytes() == (wanted / sum(weights)).tobytes()
+
+
 def test_the_mean_of_sketches_is_the_sketch_of_the_mean() -> None:
     layer, rng = LAYERS[0], np.random.default_rng(5)
     omega = bases.projection(0, layer, 8)
@@ -113,8 +124,10 @@ def test_means_without_meaning_are_refused() -> None:
         bases.mean_sketch([one, one], [2, -1], 16)
     with pytest.raises(BasesError, match=r"\(4, 2\) and \(4, 3\)"):
         bases.mean_sketch([one, other], [1, 1], 16)
-    with pytest.raises(BasesError, match="2 sketches, 1 weights"):
+    with pytest.raises(BasesError, match="more sketches than the 1 weights"):
         bases.mean_sketch([one, one], [1], 16)
+    with pytest.raises(BasesError, match="fewer sketches than the 2 weights"):
+        bases.mean_sketch(iter([one]), [1, 1], 16)
     with pytest.raises(BasesError):
         bases.mean_sketch([], [], 16)
 
