@@ -1,12 +1,15 @@
-"""The server against the number of sites: time and memory of a round's updates, and the memory of a simulation.
+"""The server against the number of sites: time and memory of updates and of sketches, and the memory of a simulation.
 
     python benchmarks/scale.py
+    python benchmarks/scale.py --calibration-blocks 32 --sites 10
     python benchmarks/scale.py --simulation --json
 
 10, 100 and 1,000 sites send the vectors of OLMo2-7B at r = 64 (886,784 numbers) through Flower's messages to the
 server's own code: pulled, read, checked, summed. The time is processor time of reading, checking and summing, not of
 making the messages; memory is the peak above what the process had before the first answer, each count in a process of
-its own. Beside the mean stands Flower's FedMedian, which needs every update at once. `--simulation` adds what
+its own. Beside the mean stands Flower's FedMedian, which needs every update at once. For calibration they send the
+sketches of one block of that model (all 32 are 147 MiB a site, and a thousand sites' would fill a disk), which are
+checked, put away, and summed once all have come. `--simulation` adds what
 `benchmarks/engine.py` measures: whole simulations of 4 and 100 sites that share one model (a few minutes; needs the
 medical data).
 """
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,15 +36,17 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from giva_core import protocol
+from giva_core import calibration, protocol
 from giva_core.aggregate import initial_vectors
-from giva_core.config import RunConfig
+from giva_core.config import GivaConfig, RunConfig
 from giva_core.packing import Payload
 from giva_core.protocol import Hello
 from giva_core.types import Arrays, LayerShape, ModelSchema
 from server import exchange
 from server.cli.result import bytes_text
 from server.rounds import KEPT_UPDATES
+from server.sketch_shelf import KEPT_SKETCH_BYTES, SketchShelf, sketch_bytes
+from server.sketches import SketchIntake
 from server.strategy import make_aggregator
 from server.updates import Intake
 
@@ -75,28 +80,59 @@ class Aggregation:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """One calibration pass at the server.
+
+    Attributes:
+        blocks: Blocks of the model whose layers were sketched.
+        sites: Sites that answered.
+        sketch_bytes: Size of one site's sketches.
+        seconds: Processor time of reading, checking, putting away and summing.
+        seconds_per_site: The same for one site.
+        peak_bytes: Peak memory above that before the first answer.
+        written_bytes: What did not stay in memory.
+    """
+
+    blocks: int
+    sites: int
+    sketch_bytes: int
+    seconds: float
+    seconds_per_site: float
+    peak_bytes: int
+    written_bytes: int
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything measured; `simulation_bytes` is the peak memory of whole simulations by number of sites."""
 
     numbers: int
     update_bytes: int
     aggregations: list[Aggregation]
+    calibrations: list[Calibration]
     simulation_bytes: dict[int, int]
+
+
+def layers(blocks: int = LAYERS) -> tuple[LayerShape, ...]:
+    """The adapted layers of OLMo2-7B's first blocks."""
+    return tuple(
+        LayerShape(f"{i}.{name}", d_out, 11008 if name == "down_proj" else 4096)
+        for i in range(blocks)
+        for name, d_out in MODULES.items()
+    )
 
 
 def vectors() -> Arrays:
     """The starting vectors of OLMo2-7B at r = 64."""
-    layers = tuple(LayerShape(f"{i}.{name}", width, 4096) for i in range(LAYERS) for name, width in MODULES.items())
-    return initial_vectors(ModelSchema(layers, (RANK,) * len(layers), {}))
+    return initial_vectors(ModelSchema(layers(), (RANK,) * len(layers()), {}))
 
 
 class ManySites(Grid):
-    """A grid whose sites all answer at once, each with an update of its own; a message is made when it is pulled."""
+    """A grid whose sites all answer at once, each with an answer of its own; a message is made when it is pulled."""
 
-    def __init__(self, start: Arrays) -> None:
+    def __init__(self, answer: Callable[[int], Payload]) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-        self._start = protocol.pack(start, list(start))
-        self._noise = np.random.default_rng(0).normal(scale=0.01, size=self._start.shape).astype(np.float32)
+        self._answer = answer
         self._asked: dict[str, int] = {}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -106,11 +142,9 @@ class ManySites(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         for message_id in message_ids:
             node_id = self._asked.pop(message_id)
-            values = {"num-examples": EXAMPLES, "num-steps": 9, "train-loss": 0.5, "bases": "", "seconds": 1.0}
-            state = self._start + np.roll(self._noise, node_id)
             question = Message(exchange.to_content(Payload()), node_id, protocol.ROUND, ttl=60.0)
             question.metadata.__dict__["_message_id"] = message_id
-            yield Message(exchange.to_content(Payload({"state": state}, values)), reply_to=question)
+            yield Message(exchange.to_content(self._answer(node_id)), reply_to=question)
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._asked.values())
@@ -122,12 +156,25 @@ class ManySites(Grid):
     set_run = create_message = send_and_receive = _unused
 
 
+def names_of(sites: int) -> tuple[dict[str, int], dict[str, Hello]]:
+    """Node id and introduction by site."""
+    names = {f"site-{index:04}": index + 1 for index in range(sites)}
+    schema = ModelSchema((), (), {})
+    return names, {site: Hello(site, EXAMPLES, 0, schema, "", "", "", "", "cpu") for site in names}
+
+
+def update(start: Arrays) -> Callable[[int], Payload]:
+    """Makes a node's update."""
+    packed = protocol.pack(start, list(start))
+    noise = np.random.default_rng(0).normal(scale=0.01, size=packed.shape).astype(np.float32)
+    values = {"num-examples": EXAMPLES, "num-steps": 9, "train-loss": 0.5, "bases": "", "seconds": 1.0}
+    return lambda node_id: Payload({"state": packed + np.roll(noise, node_id)}, dict(values))
+
+
 def aggregate(strategy: str, sites: int) -> Aggregation:
     """Take the updates of one round, in this process."""
     start = vectors()
-    names = {f"site-{index:04}": index + 1 for index in range(sites)}
-    schema = ModelSchema((), (), {name: array.shape for name, array in start.items()})
-    hellos = {site: Hello(site, EXAMPLES, 0, schema, "", "", "", "", "cpu") for site in names}
+    names, hellos = names_of(sites)
     aggregator = make_aggregator(RunConfig.from_flat({"strategy.name": strategy}))
     intake = Intake(hellos, start, list(start), keeps=sites <= KEPT_UPDATES or not aggregator.is_mean)
     spent = 0.0
@@ -139,7 +186,7 @@ def aggregate(strategy: str, sites: int) -> Aggregation:
         spent += time.process_time() - began
         return slim
 
-    grid = ManySites(start)
+    grid = ManySites(update(start))
     aggregator.prepare(1, start)
     before = peak_bytes()
     answers = exchange.ask(grid, names, protocol.ROUND, Payload(), deadline_seconds=3600.0, take=take)
@@ -152,6 +199,45 @@ def aggregate(strategy: str, sites: int) -> Aggregation:
     return Aggregation(strategy, sites, intake.keeps, spent, spent / sites, peak_bytes() - before)
 
 
+def calibrate(blocks: int, sites: int) -> Calibration:
+    """Take the sketches of one pass, in this process."""
+    giva = GivaConfig(rank=RANK)
+    shapes = calibration.sketch_shapes(calibration.STAGES["range"], layers(blocks), (RANK,) * len(layers(blocks)), giva)
+    size = sketch_bytes(shapes, giva.sketch_bits)
+    names, hellos = names_of(sites)
+    numbers, columns = sum(n * q for n, q in shapes.values()), sum(q for _, q in shapes.values())
+    codes = np.random.default_rng(0).integers(-(2**15) + 1, 2**15, numbers, np.int16)
+    values = {"num-examples": giva.calibration_batches * giva.calibration_batch_size, "loss": 0.5}
+    spent = 0.0
+
+    def sketch(node_id: int) -> Payload:
+        exponents = np.full(columns, -20 + node_id % 5, np.int16)
+        return Payload({"codes": np.roll(codes, node_id), "exponents": exponents}, dict(values))
+
+    def take(answer: exchange.Answer) -> exchange.Answer:
+        nonlocal spent
+        began = time.process_time()
+        slim = intake.take(answer)
+        spent += time.process_time() - began
+        return slim
+
+    grid = ManySites(sketch)
+    before = peak_bytes()
+    with tempfile.TemporaryDirectory() as folder, SketchShelf(Path(folder), shapes, KEPT_SKETCH_BYTES) as shelf:
+        shelf.check_room(sites, giva.sketch_bits)
+        intake = SketchIntake(hellos, giva, shelf)
+        answers = exchange.ask(
+            grid, names, protocol.CALIBRATE, Payload(), deadline_seconds=3600.0, take=take, answer_bytes=size
+        )
+        began = time.process_time()
+        heard = intake.heard(answers)
+        heard.mean(giva.sketch_bits)
+        spent += time.process_time() - began
+        if len(heard.sites) != sites:
+            raise RuntimeError(f"{len(heard.sites)} of {sites} sketches were accepted: {heard.records[0].reason}")
+        return Calibration(blocks, sites, size, spent, spent / sites, peak_bytes() - before, shelf.written_bytes)
+
+
 def peak_bytes() -> int:
     """Peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -161,10 +247,12 @@ def peak_bytes() -> int:
 # -- in the parent process --------------------------------------------------------------------------------------------
 
 
-def in_process(strategy: str, sites: int) -> Aggregation:
-    """`aggregate` in a process of its own."""
-    command = [sys.executable, __file__, "--job", json.dumps([strategy, sites])]
-    return Aggregation(**json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
+def in_process(job: str, *what: str | int) -> dict[str, Any]:
+    """`aggregate` or `calibrate` in a process of its own."""
+    print(*what, file=sys.stderr)
+    command = [sys.executable, __file__, "--job", json.dumps([job, *what])]
+    found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return found
 
 
 def simulation_bytes() -> dict[int, int]:
@@ -182,16 +270,14 @@ def simulation_bytes() -> dict[int, int]:
         }
 
 
-def measure(counts: list[int], with_simulation: bool) -> Report:
+def measure(counts: list[int], blocks: int, with_simulation: bool) -> Report:
     """Run the whole benchmark."""
     jobs = [("fedavg", count) for count in counts]
     jobs += [("fedmedian", count) for count in counts if count <= max(MEDIAN_COUNTS)]
-    found = []
-    for strategy, count in jobs:
-        print(f"{strategy}, {count} sites", file=sys.stderr)
-        found.append(in_process(strategy, count))
+    updates = [Aggregation(**in_process("aggregate", *job)) for job in jobs]
+    sketches = [Calibration(**in_process("calibrate", blocks, count)) for count in counts]
     numbers = sum(array.size for array in vectors().values())
-    return Report(numbers, 4 * numbers, found, simulation_bytes() if with_simulation else {})
+    return Report(numbers, 4 * numbers, updates, sketches, simulation_bytes() if with_simulation else {})
 
 
 def table(report: Report) -> str:
@@ -207,6 +293,15 @@ def table(report: Report) -> str:
             f"{1000 * row.seconds_per_site:>7.1f} ms {bytes_text(row.peak_bytes):>12} "
             f"{row.peak_bytes / report.update_bytes:>11.1f}"
         )
+    lines.append(
+        f"{'blocks':<10} {'sites':>6} {'a sketch':>8} {'seconds':>8} {'a site':>10} {'peak memory':>12} {'file':>11}"
+    )
+    for found in report.calibrations:
+        lines.append(
+            f"{found.blocks:<10} {found.sites:>6} {bytes_text(found.sketch_bytes):>8} {found.seconds:>8.2f} "
+            f"{1000 * found.seconds_per_site:>7.1f} ms {bytes_text(found.peak_bytes):>12} "
+            f"{bytes_text(found.written_bytes):>11}"
+        )
     for count, peak in report.simulation_bytes.items():
         lines.append(f"a simulation of {count} sites: {bytes_text(peak)} in all")
     return "\n".join(lines)
@@ -216,14 +311,16 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=int, nargs="+", default=list(COUNTS))
+    parser.add_argument("--calibration-blocks", type=int, default=1, help="blocks of the model that are sketched")
     parser.add_argument("--simulation", action="store_true", help="whole simulations as well")
-    parser.add_argument("--job", help="take one round's updates, described in JSON, and print what it came to")
+    parser.add_argument("--job", help="take one round's or pass's answers, described in JSON, and print the cost")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the tables")
     options = parser.parse_args()
     if options.job:
-        print(json.dumps(asdict(aggregate(*json.loads(options.job)))))
+        job, *what = json.loads(options.job)
+        print(json.dumps(asdict({"aggregate": aggregate, "calibrate": calibrate}[job](*what))))
         return
-    report = measure(options.sites, options.simulation)
+    report = measure(options.sites, options.calibration_blocks, options.simulation)
     print(json.dumps(asdict(report)) if options.json else table(report))
 
 

@@ -13,7 +13,8 @@ from giva_core.types import Arrays, BasesSet, SiteRecord
 
 from .exchange import site_record
 from .session import Session, mean
-from .sketches import calibration_question, read_sketches, sketches_from_arrays, sketches_to_arrays
+from .sketch_shelf import KEPT_SKETCH_BYTES, SketchShelf, sketch_bytes
+from .sketches import SketchIntake, calibration_question, sketches_from_arrays, sketches_to_arrays
 
 
 def agree_on_bases(session: Session, arrays: Arrays) -> tuple[BasesSet, Payload]:
@@ -82,10 +83,17 @@ def _calibrate(session: Session, arrays: Arrays) -> tuple[Sketches, Sketches | N
         started = time.monotonic()
         question = calibration_question(stage, previous, arrays, schema)
         nodes, hellos = members.active(rounds.min_sites), members.hellos()
-        answers = session.ask(nodes, protocol.CALIBRATE, question, f"calibrate-{number}")
-        heard = read_sketches(stage, answers, hellos, schema, giva)
-        session.need(rounds.quorum, heard.records, f"answered calibration pass {number}")
-        aggregate = heard.mean(giva.sketch_bits)
+        shapes = calibration.sketch_shapes(stage, schema.layers, schema.ranks, giva)
+        with SketchShelf(session.store.run_folder(session.run_id), shapes, KEPT_SKETCH_BYTES) as shelf:
+            shelf.check_room(len(nodes), giva.sketch_bits)
+            intake = SketchIntake(hellos, giva, shelf)
+            size = sketch_bytes(shapes, giva.sketch_bits)
+            answers = session.ask(
+                nodes, protocol.CALIBRATE, question, f"calibrate-{number}", take=intake.take, answer_bytes=size
+            )
+            heard = intake.heard(answers)
+            session.need(rounds.quorum, heard.records, f"answered calibration pass {number}")
+            aggregate = heard.mean(giva.sketch_bits)
         total, loss = sum(heard.weights), mean(heard.losses, heard.weights)
         session.record("calibrate", number, heard.records, started, total_examples=total, train_loss=loss)
         return aggregate

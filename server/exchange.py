@@ -22,7 +22,8 @@ from giva_core.types import SiteRecord
 POLL_SECONDS = 0.5  # a look costs SuperLink and server some hundredths of a second of processor time each
 LOOK_SECONDS = 1.0  # from one look at who is connected to the next
 LEFT_SECONDS = 5.0  # a node may drop out of sight for a moment
-PULLED_AT_ONCE = 64  # Flower gives all answers that are there at once; a thousand updates would be held in memory
+PULLED_AT_ONCE = 64  # Flower gives all answers that are there at once; a thousand updates would be held in memory,
+PULLED_BYTES = 2**28  # and so would 64 sites' sketches of a large model
 _MESSAGE_SLACK_SECONDS = 60.0  # a reply on its way at the deadline still finds its message alive
 
 
@@ -78,6 +79,7 @@ def ask(
     group: str = "",
     instead: Mapping[str, Payload] = MappingProxyType({}),
     take: Callable[[Answer], Answer] = lambda answer: answer,
+    answer_bytes: int = 0,
 ) -> list[Answer]:
     """Send `payload` to every node and collect the answers.
 
@@ -90,6 +92,7 @@ def ask(
         group: The round, for Flower's records.
         instead: By site name, for those that are asked something else than the others.
         take: Given every answer as it comes; what it returns is kept in its place, so that large answers need not be.
+        answer_bytes: About how large an answer is, where it may be large.
 
     Returns:
         One answer for every site, sorted by site name, whatever order they came in.
@@ -119,10 +122,11 @@ def ask(
     ends = time.monotonic() + deadline_seconds
     reason = f"no answer within {deadline_seconds:g} s"
     departure = _Departure(grid)
+    at_once = min(PULLED_AT_ONCE, max(1, PULLED_BYTES // max(1, answer_bytes)))
     while pending:
         waited_for = list(pending)
-        for start in range(0, len(waited_for), PULLED_AT_ONCE):
-            for reply in grid.pull_messages(waited_for[start : start + PULLED_AT_ONCE]):
+        for start in range(0, len(waited_for), at_once):
+            for reply in grid.pull_messages(waited_for[start : start + at_once]):
                 # an error reply may come from the server's own id, so the question it answers tells the site
                 node_id = pending.pop(reply.metadata.reply_to_message_id, None)
                 if node_id is not None:

@@ -255,7 +255,9 @@ class Federation:
             coding=self._coding,
             sent_digest=str(payload.values.get("digest", "")),
         )
-        answers = self.session.ask(nodes, kind, payload, f"{plan.phase}-{plan.number}", evaluating, intake.take)
+        size = sum(start[name].nbytes for name in plan.names)
+        group = f"{plan.phase}-{plan.number}"
+        answers = self.session.ask(nodes, kind, payload, group, evaluating, intake.take, size)
         if due:
             due.note_updates((answer for answer in answers if answer.site in evaluating), hellos)
         accepted = intake.accepted(answers)

@@ -78,11 +78,19 @@ class Session:
         group: str,
         instead: Mapping[str, Payload] | None = None,
         take: Callable[[Answer], Answer] = lambda answer: answer,
+        answer_bytes: int = 0,
     ) -> list[Answer]:
-        """Ask sites, and note who did not answer and who lost its bases; `instead`, `take` as for `exchange.ask`."""
-        deadline = self.config.rounds.deadline_seconds
+        """Ask sites, and note who did not answer and who lost its bases; the rest is as for `exchange.ask`."""
         answers = ask(
-            self.grid, nodes, kind, payload, deadline_seconds=deadline, group=group, instead=instead or {}, take=take
+            self.grid,
+            nodes,
+            kind,
+            payload,
+            deadline_seconds=self.config.rounds.deadline_seconds,
+            group=group,
+            instead=instead or {},
+            take=take,
+            answer_bytes=answer_bytes,
         )
         self.members.bench.note(answers)
         for answer in answers:

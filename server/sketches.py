@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import numpy as np
 
-from giva_core import bases, calibration, protocol
+from giva_core import bases, protocol
 from giva_core.calibration import Sketches, Stage
 from giva_core.config import GivaConfig
 from giva_core.errors import GivaError, UpdateError
@@ -17,6 +17,7 @@ from giva_core.types import Arrays, ModelSchema, QuantisedSketch, SiteRecord
 
 from .exchange import Answer, site_record
 from .guard import check_sketch_counts
+from .sketch_shelf import SketchShelf
 
 NORM_FACTOR = 100.0  # a site's sketch may be this much larger than the median of the sites'
 _LARGEST_NORM = float(np.finfo(np.float32).max)
@@ -24,25 +25,27 @@ _LARGEST_NORM = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class HeardSketches:
-    """What the sites answered in one pass, in the order of their names.
+    """What the sites answered in one pass.
 
     Attributes:
-        sketches: One mapping by layer for each site that counts.
-        weights: Its calibration examples.
-        losses: Its mean loss.
+        sites: Those that count, in the order of their names.
+        weights: Calibration examples of each.
+        losses: Mean loss of each.
         records: One record for every site asked.
+        shelf: Where their sketches are.
     """
 
-    sketches: list[Sketches]
+    sites: list[str]
     weights: list[int]
     losses: list[float]
     records: list[SiteRecord]
+    shelf: SketchShelf
 
     def mean(self, bits: int) -> dict[str, QuantisedSketch]:
         """`Σ w_k Y_k / Σ w_k` by layer, requantised: exactly the sketch of the mean gradient, but for rounding."""
         return {
-            name: bases.mean_sketch([sketch[name] for sketch in self.sketches], self.weights, bits)
-            for name in self.sketches[0]
+            name: bases.mean_sketch((self.shelf.layer(site, name) for site in self.sites), self.weights, bits)
+            for name in self.shelf.shapes
         }
 
 
@@ -59,34 +62,66 @@ def calibration_question(
     return question
 
 
-def read_sketches(
-    stage: Stage, answers: Sequence[Answer], hellos: Mapping[str, Hello], schema: ModelSchema, giva: GivaConfig
-) -> HeardSketches:
-    """Check every answer; one that does not qualify is refused with its reason."""
-    shapes = calibration.sketch_shapes(stage, schema.layers, schema.ranks, giva)
-    records = {answer.site: site_record(answer) for answer in answers}
-    found: dict[str, Sketches] = {}
-    for answer in answers:
+@dataclass
+class SketchIntake:
+    """Takes the answers to a calibration pass as they come: each is checked, and its sketches put on the shelf.
+
+    Attributes:
+        hellos: What the sites said of themselves.
+        giva: What they were asked for.
+        shelf: Where their sketches go.
+    """
+
+    hellos: Mapping[str, Hello]
+    giva: GivaConfig
+    shelf: SketchShelf
+    _taken: dict[str, _Taken] = field(default_factory=dict)
+    _refused: dict[str, str] = field(default_factory=dict)
+
+    def take(self, answer: Answer) -> Answer:
+        """Read an answer; returns it without its payload.
+
+        Raises:
+            StoreError: The sketches cannot be stored, which is no fault of the site's.
+        """
         if answer.payload is None:
-            continue
+            return answer
         try:
-            sketches = protocol.unpack_sketches(answer.payload, shapes)
+            sketches = protocol.unpack_sketches(answer.payload, self.shelf.shapes)
             count, loss = answer.payload.integer("num-examples"), answer.payload.number("loss")
-            check_sketch_counts(count, loss, hellos[answer.site], giva)
-            found[answer.site] = sketches
-            records[answer.site] = replace(records[answer.site], num_examples=count, train_loss=loss)
+            check_sketch_counts(count, loss, self.hellos[answer.site], self.giva)
         except GivaError as error:
-            records[answer.site] = replace(records[answer.site], status="refused", reason=str(error))
-    for site, reason in _too_large({site: sketch_norm(sketches) for site, sketches in found.items()}).items():
-        del found[site]
-        records[site] = replace(records[site], status="refused", reason=reason, num_examples=0, train_loss=None)
-    counted = [records[site] for site in found]
-    return HeardSketches(
-        list(found.values()),
-        [record.num_examples for record in counted],
-        [record.train_loss or 0.0 for record in counted],
-        list(records.values()),
-    )
+            self._refused[answer.site] = str(error)
+        else:
+            self.shelf.put(answer.site, sketches)
+            self._taken[answer.site] = _Taken(sketch_norm(sketches), count, loss)
+        return replace(answer, payload=None)
+
+    def heard(self, answers: Sequence[Answer]) -> HeardSketches:
+        """What counts, once all answers are in; they were all taken."""
+        too_large = _too_large({site: taken.norm for site, taken in self._taken.items()})
+        refused = {**self._refused, **too_large}
+        sites = sorted(self._taken.keys() - too_large.keys())
+        counted = {site: self._taken[site] for site in sites}
+        records = []
+        for answer in answers:
+            record = site_record(answer)
+            if answer.site in refused:
+                record = replace(record, status="refused", reason=refused[answer.site])
+            elif (taken := counted.get(answer.site)) is not None:
+                record = replace(record, num_examples=taken.num_examples, train_loss=taken.loss)
+            records.append(record)
+        weights, losses = [t.num_examples for t in counted.values()], [t.loss for t in counted.values()]
+        return HeardSketches(sites, weights, losses, records, self.shelf)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What is remembered of an answer whose sketches are on the shelf."""
+
+    norm: float
+    num_examples: int
+    loss: float
 
 
 def sketch_norm(sketches: Sketches) -> float:

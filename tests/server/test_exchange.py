@@ -249,6 +249,22 @@ def test_pickled_objects_are_not_loaded() -> None:
     }
 
 
+@pytest.mark.parametrize(("answer_bytes", "at_once"), [(0, 3), (99, 3), (400, 2), (1000, 1), (5000, 1)])
+def test_large_answers_are_pulled_a_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, answer_bytes: int, at_once: int
+) -> None:
+    class Counted(ScriptedGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            asked_for.append(len(list(message_ids)))
+            return super().pull_messages(message_ids)
+
+    asked_for: list[int] = []
+    monkeypatch.setattr(exchange, "PULLED_BYTES", 1000)
+    answers = ask(Counted(), NODES, "query.hello", QUESTION, deadline_seconds=60.0, answer_bytes=answer_bytes)
+    assert [answer.status for answer in answers] == ["ok"] * 3
+    assert asked_for[0] == max(asked_for) == at_once
+
+
 def test_nobody_to_ask() -> None:
     class Untouched(ScriptedGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
