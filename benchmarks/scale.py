@@ -1,14 +1,14 @@
 """The server against the number of sites: time and memory of updates and of sketches, and the memory of a simulation.
 
     python benchmarks/scale.py
-    python benchmarks/scale.py --calibration-blocks 32 --sites 10
+    python benchmarks/scale.py --calibration-layers 160 --sites 10
     python benchmarks/scale.py --simulation --json
 
 10, 100 and 1,000 sites send the vectors of OLMo2-7B at r = 64 (886,784 numbers) through Flower's messages to the
 server's own code: pulled, read, checked, summed. The time is processor time of reading, checking and summing, not of
 making the messages; memory is the peak above what the process had before the first answer, each count in a process of
 its own. Beside the mean stands Flower's FedMedian, which needs every update at once. For calibration they send the
-sketches of one block of that model (all 32 are 147 MiB a site, and a thousand sites' would fill a disk), which are
+sketches of one layer of that model (all 160 are 147 MiB a site, and a thousand sites' would fill a disk), which are
 checked, put away, and summed once all have come. `--simulation` adds what
 `benchmarks/engine.py` measures: whole simulations of 4 and 100 sites that share one model (a few minutes; needs the
 medical data).
@@ -53,7 +53,7 @@ from server.updates import Intake
 COUNTS = (10, 100, 1000)
 #: Flower's FedMedian holds every update several times over: a thousand would need some 15 GB.
 MEDIAN_COUNTS = (10, 100)
-RANK, LAYERS = 64, 32
+RANK, BLOCKS = 64, 32
 MODULES = {"q_proj": 4096, "k_proj": 4096, "v_proj": 4096, "up_proj": 11008, "down_proj": 4096}
 EXAMPLES = 1000
 
@@ -84,7 +84,7 @@ class Calibration:
     """One calibration pass at the server.
 
     Attributes:
-        blocks: Blocks of the model whose layers were sketched.
+        layers: Layers that were sketched.
         sites: Sites that answered.
         sketch_bytes: Size of one site's sketches.
         seconds: Processor time of reading, checking, putting away and summing.
@@ -93,7 +93,7 @@ class Calibration:
         written_bytes: What did not stay in memory.
     """
 
-    blocks: int
+    layers: int
     sites: int
     sketch_bytes: int
     seconds: float
@@ -113,11 +113,11 @@ class Report:
     simulation_bytes: dict[int, int]
 
 
-def layers(blocks: int = LAYERS) -> tuple[LayerShape, ...]:
-    """The adapted layers of OLMo2-7B's first blocks."""
+def layers() -> tuple[LayerShape, ...]:
+    """The adapted layers of OLMo2-7B."""
     return tuple(
         LayerShape(f"{i}.{name}", d_out, 11008 if name == "down_proj" else 4096)
-        for i in range(blocks)
+        for i in range(BLOCKS)
         for name, d_out in MODULES.items()
     )
 
@@ -199,10 +199,11 @@ def aggregate(strategy: str, sites: int) -> Aggregation:
     return Aggregation(strategy, sites, intake.keeps, spent, spent / sites, peak_bytes() - before)
 
 
-def calibrate(blocks: int, sites: int) -> Calibration:
-    """Take the sketches of one pass, in this process."""
+def calibrate(first: int, sites: int) -> Calibration:
+    """Take the sketches of the first layers in one pass, in this process."""
     giva = GivaConfig(rank=RANK)
-    shapes = calibration.sketch_shapes(calibration.STAGES["range"], layers(blocks), (RANK,) * len(layers(blocks)), giva)
+    sketched = layers()[:first]
+    shapes = calibration.sketch_shapes(calibration.STAGES["range"], sketched, (RANK,) * len(sketched), giva)
     size = sketch_bytes(shapes, giva.sketch_bits)
     names, hellos = names_of(sites)
     numbers, columns = sum(n * q for n, q in shapes.values()), sum(q for _, q in shapes.values())
@@ -235,7 +236,7 @@ def calibrate(blocks: int, sites: int) -> Calibration:
         spent += time.process_time() - began
         if len(heard.sites) != sites:
             raise RuntimeError(f"{len(heard.sites)} of {sites} sketches were accepted: {heard.records[0].reason}")
-        return Calibration(blocks, sites, size, spent, spent / sites, peak_bytes() - before, shelf.written_bytes)
+        return Calibration(len(sketched), sites, size, spent, spent / sites, peak_bytes() - before, shelf.written_bytes)
 
 
 def peak_bytes() -> int:
@@ -270,12 +271,12 @@ def simulation_bytes() -> dict[int, int]:
         }
 
 
-def measure(counts: list[int], blocks: int, with_simulation: bool) -> Report:
+def measure(counts: list[int], sketched: int, with_simulation: bool) -> Report:
     """Run the whole benchmark."""
     jobs = [("fedavg", count) for count in counts]
     jobs += [("fedmedian", count) for count in counts if count <= max(MEDIAN_COUNTS)]
     updates = [Aggregation(**in_process("aggregate", *job)) for job in jobs]
-    sketches = [Calibration(**in_process("calibrate", blocks, count)) for count in counts]
+    sketches = [Calibration(**in_process("calibrate", sketched, count)) for count in counts]
     numbers = sum(array.size for array in vectors().values())
     return Report(numbers, 4 * numbers, updates, sketches, simulation_bytes() if with_simulation else {})
 
@@ -294,11 +295,11 @@ def table(report: Report) -> str:
             f"{row.peak_bytes / report.update_bytes:>11.1f}"
         )
     lines.append(
-        f"{'blocks':<10} {'sites':>6} {'a sketch':>8} {'seconds':>8} {'a site':>10} {'peak memory':>12} {'file':>11}"
+        f"{'layers':<10} {'sites':>6} {'a sketch':>8} {'seconds':>8} {'a site':>10} {'peak memory':>12} {'file':>11}"
     )
     for found in report.calibrations:
         lines.append(
-            f"{found.blocks:<10} {found.sites:>6} {bytes_text(found.sketch_bytes):>8} {found.seconds:>8.2f} "
+            f"{found.layers:<10} {found.sites:>6} {bytes_text(found.sketch_bytes):>8} {found.seconds:>8.2f} "
             f"{1000 * found.seconds_per_site:>7.1f} ms {bytes_text(found.peak_bytes):>12} "
             f"{bytes_text(found.written_bytes):>11}"
         )
@@ -311,7 +312,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=int, nargs="+", default=list(COUNTS))
-    parser.add_argument("--calibration-blocks", type=int, default=1, help="blocks of the model that are sketched")
+    parser.add_argument("--calibration-layers", type=int, default=1, help="layers of the model that are sketched")
     parser.add_argument("--simulation", action="store_true", help="whole simulations as well")
     parser.add_argument("--job", help="take one round's or pass's answers, described in JSON, and print the cost")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the tables")
@@ -320,7 +321,7 @@ def main() -> None:
         job, *what = json.loads(options.job)
         print(json.dumps(asdict({"aggregate": aggregate, "calibrate": calibrate}[job](*what))))
         return
-    report = measure(options.sites, options.calibration_blocks, options.simulation)
+    report = measure(options.sites, options.calibration_layers, options.simulation)
     print(json.dumps(asdict(report)) if options.json else table(report))
 
 
