@@ -42,7 +42,8 @@ class SketchShelf:
         self.shapes = shapes
         self._folder, self._room = folder, kept_bytes
         self._kept: dict[str, Sketches] = {}
-        self._written: dict[str, tuple[int, np.dtype]] = {}  # where a site's sketches begin, and the type of the codes
+        #: Where a site's sketches begin, in which file, and the type of the codes.
+        self._written: dict[str, tuple[FileIO, int, np.dtype]] = {}
         self._file: FileIO | None = None
         self._end = 0
         sizes = [(0, 0), *((n * q, q) for n, q in shapes.values())]
@@ -102,7 +103,7 @@ class SketchShelf:
             for sketch in layers:
                 _write(self._file, sketch.codes)
                 _write(self._file, sketch.exponents.astype(_EXPONENT, copy=False))
-        self._written[site] = self._end, layers[0].codes.dtype
+        self._written[site] = self._file, self._end, layers[0].codes.dtype
         self._end += size
 
     def layer(self, site: str, name: str) -> QuantisedSketch:
@@ -113,13 +114,12 @@ class SketchShelf:
         """
         if site in self._kept:
             return self._kept[site][name]
-        start, code = self._written[site]
+        file, start, code = self._written[site]
         codes, exponents = self._before[name]
         n, q = self.shapes[name]
         with self._guarded():
-            assert self._file is not None  # since something was written
-            self._file.seek(start + codes * code.itemsize + exponents * _EXPONENT.itemsize)
-            return QuantisedSketch(_read(self._file, code, (n, q)), _read(self._file, _EXPONENT, (q,)))
+            file.seek(start + codes * code.itemsize + exponents * _EXPONENT.itemsize)
+            return QuantisedSketch(_read(file, code, (n, q)), _read(file, _EXPONENT, (q,)))
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -140,15 +140,15 @@ def sketch_bytes(shapes: Mapping[str, tuple[int, int]], bits: int) -> int:
 
 
 def _write(file: FileIO, array: np.ndarray) -> None:
-    rest = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    while rest.size:  # an unbuffered file may take a part
+    rest = np.ascontiguousarray(array).data.cast("B")
+    while len(rest):  # an unbuffered file may take a part
         rest = rest[file.write(rest) :]
 
 
 def _read(file: FileIO, kind: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     array = np.empty(shape, kind)
-    rest = array.reshape(-1).view(np.uint8)
-    while rest.size:
+    rest = array.data.cast("B")
+    while len(rest):
         if not (count := file.readinto(rest)):
             raise OSError("the file is shorter than what was written")
         rest = rest[count:]
