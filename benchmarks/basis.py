@@ -175,9 +175,9 @@ class Energy:
 def energies(rounds: Sequence[int], batches: int = 8) -> list[Energy]:
     """How much of the gradient the bases hold, before the first round (0) and later."""
     found = []
-    for variant, rate in (("gradient", 0.05), ("random", 0.1)):
+    for variant, rate in (("gradient", 0.05), ("random", 0.2)):
         settings = {**VARIANTS[variant][0], "train.learning-rate": rate}
-        job = Job(f"basis-{variant}", MEDICAL, 0, settings, central=True)
+        job = Job(f"basis-{variant}", SMALL, 0, settings, central=True)
         config, store = job.config(), RunStore(default_root())
         run_id = finished(job, config, store)
         site = site_settings(config, {"partition-id": 0})
