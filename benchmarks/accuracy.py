@@ -115,7 +115,16 @@ GROUPS["all"] = tuple(dict.fromkeys(itertools.chain.from_iterable(GROUPS.values(
 TUNED: dict[str, dict[str, dict[str, Any]]] = {
     "medical": {
         "giva": {"train.learning-rate": 0.05},
+        "giva-random": {"train.learning-rate": 0.1},
         "lora": {"train.learning-rate": 2e-3},
+        "ffa-lora": {"train.learning-rate": 8e-3},
+        "rolora": {"train.learning-rate": 4e-3},
+        "fedex-lora": {"train.learning-rate": 4e-3},
+        "vera": {"train.learning-rate": 0.1},
+        "osora": {"train.learning-rate": 0.1},
+        "randlora": {"train.learning-rate": 5e-4},
+        "lora-xs": {"train.learning-rate": 2e-2},
+        "fed-sb": {"train.learning-rate": 5e-3},
         "head": {"train.head-learning-rate": 5e-3, "train.head-epsilon": 1e-2},
     },
     "sentiment": {},
