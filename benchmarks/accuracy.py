@@ -125,6 +125,7 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
         "randlora": {"train.learning-rate": 5e-4},
         "lora-xs": {"train.learning-rate": 2e-2},
         "fed-sb": {"train.learning-rate": 5e-3},
+        "full": {"train.learning-rate": 1e-4},
         "head": {"train.head-learning-rate": 5e-3, "train.head-epsilon": 1e-2},
     },
     "sentiment": {},
