@@ -1,13 +1,14 @@
 """Whole runs for the benchmarks of accuracy: found again by their settings, resumed, forked, judged; all results kept.
 
 A run that was interrupted is resumed and a finished one is found, whoever asks. Runs of a seed that differ in nothing
-that the head rounds see share these. What a run came to is kept beside the run store, in `$GIVA_HOME/benchmarks`.
+that the head rounds see share these. What a run came to is kept beside the run store, in `$GIVA_HOME/benchmarks`. A run
+is found whichever version made it: after a change of what is computed, begin with an empty `$GIVA_HOME/store`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import hashlib
 import json
 import os
 import statistics
@@ -52,7 +53,7 @@ _WAITING = {
     "rounds.retries",
 }
 #: Settings that head rounds do not see; of GiVA also all that its bases are made with.
-_AFTER_HEAD = {"name", "train.learning-rate", "rounds.num-rounds", "rounds.mode", "train.max-local-steps"}
+_AFTER_HEAD = {"name", "train.learning-rate", "rounds.num-rounds", "rounds.mode"}
 _OF_BASES = {
     "giva.rank",
     "giva.bases",
@@ -143,9 +144,9 @@ class Outcome:
         accuracy: Over all sites' rows.
         macro_f1: Over all sites' rows.
         worst_accuracy: The site with the lowest; None at the centre.
-        loss: Mean loss over all sites' rows.
+        loss: Mean loss over all sites' rows; None for a method without.
         round_bytes_up: What a site sent in the last round.
-        total_bytes: All bytes of the run, both ways.
+        total_bytes: All bytes of the run, both ways; None where its bases came from elsewhere.
         step_seconds: Median over the sites and rounds.
         first_error: Aggregation error of the first round; None where there is none.
         last_error: That of the last.
@@ -159,9 +160,9 @@ class Outcome:
     accuracy: float
     macro_f1: float
     worst_accuracy: float | None
-    loss: float
+    loss: float | None
     round_bytes_up: float
-    total_bytes: int
+    total_bytes: int | None
     step_seconds: float
     first_error: float | None
     last_error: float | None
@@ -176,7 +177,7 @@ def outcome(job: Job, rows: str = "test.jsonl") -> Outcome:
     """Run the job, or find it; then judge its last state by `rows`, or find that too."""
     config, store = job.config(), RunStore(default_root())
     run_id = finished(job, config, store)
-    kept = _kept(config, rows)
+    kept = _kept(run_id, rows)
     if kept.exists():
         return Outcome(**json.loads(kept.read_text(encoding="utf-8")))
     records = store.rounds(run_id)
@@ -192,7 +193,7 @@ def outcome(job: Job, rows: str = "test.jsonl") -> Outcome:
         worst_accuracy=None if job.central else metrics["worst_accuracy"],
         loss=loss,
         round_bytes_up=min(site.bytes_up for site in training[-1].sites),
-        total_bytes=sum(record.bytes_up + record.bytes_down for record in records),
+        total_bytes=None if job.bases_of else sum(map(_spent, records)),
         step_seconds=statistics.median(site.train_seconds / site.num_steps for site in trained),
         first_error=training[0].aggregation_error,
         last_error=training[-1].aggregation_error,
@@ -216,6 +217,7 @@ def finished(job: Job, config: RunConfig, store: RunStore) -> str:
 
     run_id = found[0].run_id if found else _begin(config, store)
     if job.bases_of and "bases_digest" not in store.run(run_id).facts:
+        _finish_head(config, store, run_id)
         _bring_bases(job, config, store, run_id)
     return resume(run_id, store, watch)
 
@@ -229,8 +231,8 @@ def _begin(config: RunConfig, store: RunStore) -> str:
 
 def _copy_head(config: RunConfig, store: RunStore, run_id: str) -> None:
     """The head rounds of a finished run that differs in nothing that they see: the same seed gives the same bytes."""
-    if not config.rounds.head_rounds:
-        return
+    if not config.rounds.head_rounds or config.wire.precision != "float32":
+        return  # what rounding lost in head rounds is kept at the sites, by run
     free = _WAITING | _AFTER_HEAD | (_OF_BASES if config.method == "giva" else set())
     source = next((run for run in _runs_like(store, config, free) if run.status == "completed"), None)
     if source is not None:
@@ -241,6 +243,22 @@ def _copy_records(store: RunStore, source: str, target: str) -> None:
     for record in store.rounds(source, "head"):
         state = store.state(source, "head", record.round)
         store.record(target, record, state.arrays, state.extra)
+
+
+class _HeadDone(Exception):
+    """The head rounds are over."""
+
+
+def _finish_head(config: RunConfig, store: RunStore, run_id: str) -> None:
+    """Carry a run to the end of its head rounds and no further."""
+
+    def stop(record: RoundRecord) -> None:
+        if record.phase == "head" and record.round == config.rounds.head_rounds:
+            raise _HeadDone
+
+    if len(store.rounds(run_id, "head")) < config.rounds.head_rounds:
+        with contextlib.suppress(_HeadDone):
+            resume(run_id, store, stop)
 
 
 def _bring_bases(job: Job, config: RunConfig, store: RunStore, run_id: str) -> None:
@@ -309,7 +327,7 @@ def bytes_to(job: Job, accuracy: float, rows: str = "validation.jsonl") -> int |
     run_id = finished(job, config, store)
     spent = 0
     for record in store.rounds(run_id):
-        spent += record.bytes_up + record.bytes_down
+        spent += _spent(record)
         if record.phase == "train" and judged(job, record.round, rows)[0]["accuracy"] >= accuracy:
             return spent
     return None
@@ -324,7 +342,7 @@ def judged(job: Job, number: int, rows: str = "validation.jsonl") -> tuple[dict[
         for record in store.rounds(run_id, state[0]):
             if record.round == state[1] and record.eval_loss is not None:
                 return dict(record.metrics), record.eval_loss
-    kept = _kept(config, f"{rows}@{state[0]}-{state[1]}")
+    kept = _kept(run_id, f"{rows}@{state[0]}-{state[1]}")
     if not kept.exists():
         metrics, loss = evaluate(store, run_id, config, rows, state)
         _keep(kept, {"metrics": metrics, "loss": loss})
@@ -332,11 +350,15 @@ def judged(job: Job, number: int, rows: str = "validation.jsonl") -> tuple[dict[
     return found["metrics"], found["loss"]
 
 
-def _kept(config: RunConfig, what: str) -> Path:
-    """Where a result is kept: by everything that it depends on."""
-    settings = {key: value for key, value in config.to_flat().items() if key not in _WAITING}
-    key = hashlib.sha256(json.dumps([settings, what], sort_keys=True).encode()).hexdigest()
-    return giva_home() / "benchmarks" / f"{key[:32]}.json"
+def _spent(record: RoundRecord) -> int:
+    """Bytes of a phase, both ways; a resumed run greets its sites and sends them the bases once more, uncounted."""
+    again = record.phase in ("hello", "bases") and record.round > 1
+    return 0 if again else record.bytes_up + record.bytes_down
+
+
+def _kept(run_id: str, what: str) -> Path:
+    """Where a result of a run is kept."""
+    return giva_home() / "benchmarks" / run_id / f"{what}.json"
 
 
 def _keep(path: Path, content: Mapping[str, Any]) -> None:
@@ -364,7 +386,8 @@ def _sites(folder: Path) -> list[Path]:
 def _linked(link: Path, target: Path) -> Path:
     if target.exists() and not link.exists():
         link.parent.mkdir(exist_ok=True)
-        link.symlink_to(target)
+        with contextlib.suppress(FileExistsError):  # another process was quicker
+            link.symlink_to(target)
     return link.parent
 
 
@@ -373,7 +396,8 @@ def _linked(link: Path, target: Path) -> Path:
 
 def run_all(function: Callable[[Job], Any], jobs: Sequence[Job], processes: int) -> list[Any]:
     """`function` of every job, `processes` at a time, in processes of their own; results in the order of the jobs."""
-    for dataset, seed in {(job.dataset.name, job.seed): (job.dataset, job.seed) for job in jobs}.values():
+    places = {(job.dataset.name, job.dataset.examples, job.seed): (job.dataset, job.seed) for job in jobs}
+    for dataset, seed in places.values():
         folder = dataset.folder(seed)  # before the processes start, so that no two make the same one
         pooled_site(folder)
         _first_site(folder)

@@ -133,10 +133,12 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def tuned(task: str, name: str) -> Mapping[str, Any]:
-    """The row's rates; a row without any of its own has those of its method."""
-    known = TUNED[task]
-    own = known.get(name) or known.get(name.partition("-")[0])
-    return own or {key: values[len(values) // 2] for key, values in ROWS[name].grid.items()}
+    """The row's rates; a row whose own were not searched has those of its method, if the grid is the same one."""
+    known, row = TUNED[task], ROWS[name]
+    method = str(row.settings.get("method", "giva"))
+    if name in known or (method in known and ROWS[method].grid == row.grid):
+        return known.get(name) or known[method]
+    return {key: values[len(values) // 2] for key, values in row.grid.items()}
 
 
 def job(name: str, task: str, examples: int | None, seed: int, settings: Mapping[str, Any]) -> Job:
@@ -159,9 +161,8 @@ def svm_outcome(dataset: Dataset, seed: int) -> Outcome:
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC(C=0.5)).fit(texts, labels)
     found = model.predict(test_texts)
     f1 = f1_score(test_labels, found, average="macro")
-    nan = float("nan")
     accuracy = accuracy_score(test_labels, found)
-    return Outcome("svm", seed, "test.jsonl", accuracy, f1, None, nan, 0, 0, nan, None, None, {}, "")
+    return Outcome("svm", seed, "test.jsonl", accuracy, f1, None, None, 0, 0, 0.0, None, None, {}, "")
 
 
 def _rows(path: Path) -> tuple[list[str], list[str]]:
@@ -173,7 +174,7 @@ def _rows(path: Path) -> tuple[list[str], list[str]]:
 
 
 def table(outcomes: Sequence[Outcome], marks: Mapping[tuple[str, int], int | None]) -> str:
-    """Mean ± standard deviation over the seeds, row by row."""
+    """Mean ± standard deviation over the seeds, row by row; bytes and aggregation errors are those of seed 0."""
     header = f"{'row':<34} {'accuracy':>15} {'macro-F1':>15} {'worst site':>15} {'up/site/round':>13} {'run':>9} "
     lines = [f"{header}{f'to {MARK:.0%}':>13} {'agg. error':>12} {'s/step':>7}"]
     for name, items in _by_row(outcomes).items():
@@ -183,9 +184,10 @@ def table(outcomes: Sequence[Outcome], marks: Mapping[tuple[str, int], int | Non
         mark = f"{bytes_text(round(statistics.median(reached)))}" if reached else "never"
         mark += f" ({len(reached)}/{len(found)})" if reached and len(reached) < len(found) else ""
         first, last = items[0].first_error, items[0].last_error
+        total = items[0].total_bytes
         cells = (
             f"{_spread([i.worst_accuracy or 0.0 for i in items]):>15} {bytes_text(round(items[0].round_bytes_up)):>13} "
-            f"{bytes_text(items[0].total_bytes):>9} {mark if (name, items[0].seed) in marks else '':>13} "
+            f"{'' if total is None else bytes_text(total):>9} {mark if (name, items[0].seed) in marks else '':>13} "
             f"{'' if first is None or last is None else f'{first:.1%}, {last:.1%}':>12} "
             f"{statistics.median([i.step_seconds for i in items]):>7.3f}"
         )
@@ -216,7 +218,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, items in _by_row(outcomes).items():
-        if name in ("svm", "giva-central"):
+        if name in ("svm", "giva-central") or items[0].total_bytes is None:
             continue
         values = [item.accuracy for item in items]
         mean, spent = statistics.fmean(values), items[0].total_bytes / 2**20

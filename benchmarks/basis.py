@@ -162,7 +162,7 @@ def table(lines: Sequence[Line]) -> str:
 class Energy:
     """The share `‖G Aᵀ‖² / ‖G‖²` of the gradient that A holds after a training round: over the layers, all and each.
 
-    G is the mean gradient of pooled training questions other than the calibration's, whole.
+    G is the mean gradient of validation questions, whole.
     """
 
     variant: str
@@ -181,8 +181,9 @@ def energies(rounds: Sequence[int], batches: int = 8) -> list[Energy]:
         config, store = job.config(), RunStore(default_root())
         run_id = finished(job, config, store)
         site = site_settings(config, {"partition-id": 0})
-        other = config.replace(giva__seed=1000, giva__calibration_batches=batches, giva__calibration_batch_size=32)
-        trainer, feed = LocalTrainer(site, config), LocalTrainer(site, other)
+        other = config.replace(giva__calibration_batches=batches, data__train_file="validation.jsonl")
+        feed = LocalTrainer(site_settings(other, {"partition-id": 0}), other.replace(giva__calibration_batch_size=32))
+        trainer = LocalTrainer(site, config)
         digest = build_bases(trainer, store, run_id)
         held, layers = trainer.backbone.bases(digest), trainer.schema.layers
         whole = {layer.name: np.eye(layer.d_in, dtype=np.float32) for layer in layers}

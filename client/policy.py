@@ -149,15 +149,16 @@ class Policy(Section):
 
         plan = calibration.stages(giva)
         for layer, r in zip(schema.layers, schema.ranks, strict=True):
-            columns: Counter[str] = Counter()
+            # without a calibration A is the seed's, and λ_s the server's: r rounds may show r columns of the gradient
+            columns = Counter({} if plan else {"output": r})
             for stage in plan:
                 columns[stage.side] += calibration.width(stage, layer, r, giva)
-            if max(columns.values(), default=0) > self.max_sketch_share * min(layer.d_out, layer.d_in, vectors):
-                raise _refusal(
+            if max(columns.values()) > self.max_sketch_share * min(layer.d_out, layer.d_in, vectors):
+                sketches = (
                     "sketches as wide as giva.rank, giva.oversampling and giva.power-passes make them, of so few "
-                    "calibration tokens",
-                    "max-sketch-share",
+                    "calibration tokens"
                 )
+                raise _refusal(sketches if plan else "bases as wide as giva.rank makes them", "max-sketch-share")
 
     def check_rows(self, num_train: int, calibration_examples: int | None, round_examples: int) -> None:
         """Refuse where too few examples would stand behind what leaves: rows, those of a sketch, those of a round.

@@ -76,6 +76,12 @@ def _count(kind: str, request: Payload, site: Trainer, questions: Questions) -> 
     # a round that is tried again may come without the evaluation that it has by then
     values = {name: value for name, value in request.values.items() if name != "evaluate"}
     digest = question_digest(kind, Payload(request.arrays, values))
+    if kind == protocol.CALIBRATE and not site.config.is_calibrated:
+        raise ProtocolError(
+            "a calibration question in a run that has none",
+            got=f"method = {site.config.method}, giva.bases = {site.config.giva.bases}",
+            public="this run has no calibration",
+        )
     if kind == protocol.CALIBRATE:
         stage = _stage(request).name
         site.policy.check_calibration(stage, questions.with_one_more(stage, digest), site.config.bases)

@@ -33,6 +33,13 @@ def check_together(run: RunConfig) -> None:
             expected="fedavg or fedprox",
             remedy="choose method lora, or mode fedavg, with this strategy",
         )
+    if run.giva.bases == "random" and run.method == "lora-xs" and run.lora_xs.bases == "gradient":
+        raise ConfigError(
+            "lora_xs.bases = gradient takes singular vectors of the gradient",
+            got="giva.bases = random",
+            expected="giva.bases = gradient",
+            remedy="leave giva.bases out, or choose lora_xs.bases = weight",
+        )
     if run.giva.bases == "random" and run.giva.init != "rand":
         raise ConfigError(
             f"giva.init = {run.giva.init} makes B of the gradient",

@@ -88,6 +88,7 @@ class SketchIntake:
             return answer
         try:
             sketches = protocol.unpack_sketches(answer.payload, self.shelf.shapes)
+            _check_codes(sketches, self.giva)
             count, loss = answer.payload.integer("num-examples"), answer.payload.number("loss")
             check_sketch_counts(count, loss, self.hellos[answer.site], self.giva)
         except GivaError as error:
@@ -122,6 +123,14 @@ class _Taken:
     norm: float
     num_examples: int
     loss: float
+
+
+def _check_codes(sketches: Sketches, giva: GivaConfig) -> None:
+    """Refuse wider integers than the run asked for, of which a site could fill the server's disk."""
+    expected = bases.code_type(giva.sketch_bits)
+    for sketch in sketches.values():
+        if sketch.codes.dtype != expected:
+            raise UpdateError("the sketch has wider integers than asked for", got=sketch.codes.dtype, expected=expected)
 
 
 def sketch_norm(sketches: Sketches) -> float:

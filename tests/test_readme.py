@@ -41,3 +41,11 @@ def test_every_command_that_the_readme_shows_exists():
 def test_links_point_to_files():
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (Path(__file__).parents[1] / target).is_file(), target
+
+
+def test_every_benchmark_that_a_page_names_exists():
+    project = Path(__file__).parents[1]
+    pages = [*project.glob("*.md"), *(project / "docs").glob("*.md"), project / "Makefile"]
+    named = {name for page in pages for name in re.findall(r"benchmarks/\w+\.py", page.read_text(encoding="utf-8"))}
+    assert len(named) >= 6
+    assert [name for name in sorted(named) if not (project / name).is_file()] == []

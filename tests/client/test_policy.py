@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime
 from typing import Any
 
@@ -160,7 +161,10 @@ def test_too_few_examples(counts: tuple[int, int, int], key: str) -> None:
 
 def test_without_calibration_a_site_answers_no_question_of_it() -> None:
     random = GivaConfig(bases="random")
-    Policy().check_sketches(schema(4, 4), random)
+    least = math.ceil(8 / Policy().max_sketch_share)
+    Policy().check_sketches(schema(least, 4 * least), random)
+    with pytest.raises(PolicyError, match="bases as wide as"):
+        Policy().check_sketches(schema(least - 1, 4 * least), random)
     with pytest.raises(ProtocolError, match="more calibration questions"):
         Policy().check_calibration("range", 1, random)
 

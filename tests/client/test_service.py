@@ -94,6 +94,15 @@ def test_a_run_s_calibration_questions_are_counted(site: SiteSettings, toy_confi
 
 
 @pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("changes", [{"method": "lora"}, {"method": "head"}, {"giva__bases": "random"}])
+def test_a_run_without_calibration_has_no_question_of_it(
+    site: SiteSettings, toy_config: RunConfig, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    found = asked(site, toy_config.replace(**changes), Questions(tmp_path, "1"), "train.calibrate", stage="range")
+    assert found == "protocol: this run has no calibration"
+
+
+@pytest.mark.usefixtures("untrained")
 def test_rounds_are_counted_but_not_those_tried_again(
     site: SiteSettings, toy_config: RunConfig, tmp_path: Path
 ) -> None:

@@ -230,6 +230,7 @@ def test_numbers_are_finite(key: str, value: float) -> None:
         ({"method": "head", "rounds.mode": "alternate"}, "averages GiVA's vectors"),
         ({"rounds.mode": "exact", "strategy.name": "fedmedian"}, "keeps the exact mean"),
         ({"giva.bases": "random", "giva.init": "topsv"}, "giva.init = topsv makes B of the gradient"),
+        ({"giva.bases": "random", "method": "lora-xs", "lora_xs.bases": "gradient"}, "takes singular vectors"),
         ({"rounds.quorum": 3, "rounds.min-sites": 2}, "never reach its quorum"),
         ({"rounds.min-sites": 1}, "quorum 2, min-sites 1.*set both to 1"),
         ({"task.labels": ["a", "b", "a"]}, "names a label twice"),

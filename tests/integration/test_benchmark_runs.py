@@ -65,25 +65,37 @@ def state(run_id: str) -> dict[str, np.ndarray]:
     return RunStore(default_root()).last_state(run_id).arrays
 
 
-def test_a_forked_run_ends_with_the_bytes_of_one_that_did_all_its_rounds(runs, job, tmp_path):
-    first = runs.outcome(job())
-    forked = runs.outcome(job(settings={"train.learning-rate": 0.02}))
+@pytest.mark.parametrize(
+    ("before", "settings"),
+    [
+        ({}, {"train.learning-rate": 0.02}),
+        ({}, {"rounds.num-rounds": 1}),
+        ({}, {"rounds.mode": "alternate"}),
+        ({}, {"giva.rank": 3, "giva.oversampling": 2, "giva.power-passes": 0, "giva.sketch-bits": 20}),
+        ({}, {"giva.init": "topsv", "giva.calibration-batches": 2, "giva.calibration-batch-size": 8}),
+        ({}, {"giva.bases": "random"}),
+        ({"wire.precision": "int8"}, {"wire.precision": "int8", "train.learning-rate": 0.02}),
+    ],
+)
+def test_a_forked_run_ends_with_the_bytes_of_one_that_did_all_its_rounds(runs, job, tmp_path, before, settings):
+    first = runs.outcome(job(settings=before))
+    forked = runs.outcome(job(settings=settings))
     store = RunStore(default_root())
-    assert len(store.runs()) == 2
-    assert [record.seconds for record in store.rounds(forked.run_id, "head")] == [
-        record.seconds for record in store.rounds(first.run_id, "head")
-    ]
+    seconds = [[record.seconds for record in store.rounds(one.run_id, "head")] for one in (first, forked)]
+    assert (seconds[0] == seconds[1]) == (not before)
     alone = RunStore(tmp_path / "alone")
     whole = alone.last_state(simulate(store.run(forked.run_id).config, alone)).arrays
     assert {name: array.tobytes() for name, array in whole.items()} == {
         name: array.tobytes() for name, array in state(forked.run_id).items()
     }
-    # head rounds of another rate of their own are not shared
-    other = runs.outcome(job(settings={"train.head-learning-rate": 0.02}))
-    assert not np.array_equal(
-        store.state(other.run_id, "head", 1).arrays["classifier.weight"],
-        store.state(first.run_id, "head", 1).arrays["classifier.weight"],
-    )
+
+
+@pytest.mark.parametrize("settings", [{"train.head-learning-rate": 0.02}, {"train.max-local-steps": 1}])
+def test_head_rounds_that_see_another_setting_are_not_shared(runs, job, settings):
+    first, other = runs.outcome(job()), runs.outcome(job(settings=settings))
+    store = RunStore(default_root())
+    heads = [store.state(one.run_id, "head", 1).arrays["classifier.weight"] for one in (first, other)]
+    assert not np.array_equal(*heads)
 
 
 def test_a_finished_run_and_its_outcome_are_found_and_a_killed_one_is_resumed(runs, job, monkeypatch):
@@ -109,12 +121,15 @@ def test_a_finished_run_and_its_outcome_are_found_and_a_killed_one_is_resumed(ru
 def test_bases_of_one_site_and_of_the_pooled_rows_differ_from_the_federations(runs, job):
     store = RunStore(default_root())
     digests = {}
-    for row, whose in (("giva", ""), ("giva-one-site", "one-site"), ("giva-pooled", "pooled")):
+    for row, whose in (("giva-one-site", "one-site"), ("giva-pooled", "pooled"), ("giva", "")):
         made = runs.outcome(job(row, bases_of=whose))
         digests[row] = store.run(made.run_id).facts["bases_digest"]
         assert len(store.rounds(made.run_id, "train")[0].sites) == 3
     assert len(set(digests.values())) == 3
     lone = next(run for run in store.runs() if run.name == "bases-one-site-0")
+    head = [store.state(run.run_id, "head", 2).arrays["classifier.weight"] for run in store.runs()]
+    assert len(head) == 5 and all(np.array_equal(head[0], other) for other in head)
+    assert runs.outcome(job("giva-pooled", bases_of="pooled")).total_bytes is None
     assert store.run(lone.run_id).facts["bases_digest"] == digests["giva-one-site"]
     assert lone.config.giva.calibration_batch_size == 3 * 16
 
@@ -144,3 +159,32 @@ def test_the_centre_is_one_site_with_everybodys_rows(runs, job):
     (site,) = RunStore(default_root()).rounds(made.run_id, "train")[0].sites
     assert (site.site, site.num_examples) == ("pooled", 24 + 32 + 40) and made.worst_accuracy is None
     assert dataclasses.asdict(made)["row"] == "giva-central"
+
+
+def test_a_resumed_run_costs_what_a_whole_one_does(runs, job, monkeypatch):
+    whole = runs.outcome(job())
+
+    class Killed(BaseException):
+        pass
+
+    def stop(record: RoundRecord, config: RunConfig) -> str:
+        raise Killed
+
+    store, wanted = RunStore(default_root()), job("again")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(runs, "describe", stop)
+        runs.outcome(wanted)
+    resumed = runs.outcome(wanted)
+    assert len(store.rounds(resumed.run_id, "hello")) == 2
+    assert resumed.total_bytes == pytest.approx(whole.total_bytes, rel=0.01)
+
+
+def test_rates_lie_in_their_grids_and_are_taken_over_only_where_the_grid_is_the_same(runs):
+    accuracy = importlib.import_module("accuracy")
+    for task, known in accuracy.TUNED.items():
+        for name, rates in known.items():
+            assert all(value in accuracy.ROWS[name].grid[key] for key, value in rates.items())
+        for name, row in accuracy.ROWS.items():
+            assert all(value in row.grid[key] for key, value in accuracy.tuned(task, name).items())
+    assert accuracy.tuned("medical", "giva-exact") == accuracy.TUNED["medical"]["giva"]
+    assert accuracy.tuned("medical", "giva-rowalign") == {"train.learning-rate": 0.01}

@@ -174,3 +174,14 @@ def test_a_full_disk_is_no_site_s_fault(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sketch_shelf, "_write", full)
     with SketchShelf(tmp_path, SHAPES, 0) as shelf, pytest.raises(StoreError, match="No space left on device"):
         hear(shelf, crowd())
+
+
+def test_wider_integers_than_asked_for_are_refused(tmp_path: Path) -> None:
+    wide = {name: QuantisedSketch(s.codes.astype(np.int32), s.exponents) for name, s in quantised(1).items()}
+    found = hear(SketchShelf(tmp_path, SHAPES, 2**20), [answer("a", quantised(0)), answer("b", wide)])
+    assert [record.status for record in found.records] == ["ok", "refused"]
+    assert "wider integers than asked for; got int32; expected int16" in found.records[1].reason
+
+
+def quantised(seed: int) -> dict[str, QuantisedSketch]:
+    return {name: quantise(array, 16) for name, array in values(seed).items()}
