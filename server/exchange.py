@@ -126,8 +126,6 @@ def ask(
     while pending:
         waited_for = list(pending)
         for start in range(0, len(waited_for), at_once):
-            if time.monotonic() >= ends:
-                break
             for reply in grid.pull_messages(waited_for[start : start + at_once]):
                 # an error reply may come from the server's own id, so the question it answers tells the site
                 node_id = pending.pop(reply.metadata.reply_to_message_id, None)
