@@ -40,7 +40,11 @@ def test_every_command_that_the_readme_shows_exists():
 
 def test_links_point_to_files():
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (Path(__file__).parents[1] / target).is_file(), target
+        page, _, anchor = target.partition("#")
+        path = Path(__file__).parents[1] / page
+        assert path.is_file(), target
+        titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in titles}, target
 
 
 def test_every_benchmark_that_a_page_names_exists():
