@@ -213,6 +213,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     """Accuracy against all bytes of the run; a bar is the range over the seeds, the line the frozen encoder's head."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -231,8 +232,11 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
             mean = statistics.fmean([item.accuracy for item in items])
             axes.axhline(mean, color="#999999", ls=style, lw=1)
             label = "central GiVA" if name == "giva-central" else "TF-IDF + SVM"
-            axes.annotate(label, (1.0, mean), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+            axes.annotate(label, (0.01, mean), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="all bytes of the run, MiB", ylabel="test accuracy")
     figure.savefig(path, dpi=150)
 
