@@ -60,7 +60,8 @@ class Policy(Section):
     allow_model_hub: bool = option(False, "a model's path may be a hub id, where the run allows it too")
     max_sketch_share: float = option(
         0.5,
-        "most columns of a layer's sketch, over all passes, as a share of min(d_out, d_in, calibration tokens)",
+        "most columns of a layer's sketch, over all passes, as a share of min(d_out, d_in, calibration tokens); random "
+        "bases: most rows, as a share of min(d_out, d_in)",
         minimum=0.0,
     )
     max_generated_tokens: int = option(
