@@ -62,7 +62,7 @@ def open_rows(
             return _read_csv(path, needed, settings)
         case ".parquet":
             return _read_parquet(path, needed, settings, optional)
-        case _ if not path.exists():  # what has no ending is a folder of images, where it is there
+        case "" if not path.exists():  # a folder of images, where it is there
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         case ending:
             raise DataError(
