@@ -25,6 +25,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GIVA_SIMULATION", "1")
 
+from _folders import first_site, pooled_site, sites_of
+
 from client.prepare import prepare
 from client.prepare_answers import prepare_answers
 from client.site import site_folders, site_settings
@@ -264,11 +266,11 @@ def _finish_head(config: RunConfig, store: RunStore, run_id: str) -> None:
 def _bring_bases(job: Job, config: RunConfig, store: RunStore, run_id: str) -> None:
     """Bases of one site's gradient, or the pooled data's, of as many examples: a short run of one site makes them."""
     folder = job.dataset.folder(job.seed)
-    examples = config.giva.calibration_batches * config.giva.calibration_batch_size * len(_sites(folder))
+    examples = config.giva.calibration_batches * config.giva.calibration_batch_size * len(sites_of(folder))
     flat: dict[str, Any] = {
         **config.to_flat(),
         "name": f"bases-{job.bases_of}-{job.seed}",
-        "data.folder": str(pooled_site(folder) if job.bases_of == "pooled" else _first_site(folder)),
+        "data.folder": str(pooled_site(folder) if job.bases_of == "pooled" else first_site(folder)),
         "giva.calibration-batches": 1,
         "giva.calibration-batch-size": examples,
         "rounds.min-sites": 1,
@@ -366,31 +368,6 @@ def _keep(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(content).encode())
 
 
-# -- folders ----------------------------------------------------------------------------------------------------------
-
-
-def pooled_site(folder: Path) -> Path:
-    """A folder whose only site holds everybody's rows: what no federation may have, as the mark to reach."""
-    return _linked(folder / "central" / "pooled", folder / "pooled")
-
-
-def _first_site(folder: Path) -> Path:
-    first = _sites(folder)[0]
-    return _linked(folder / "one-site" / first.name, first)
-
-
-def _sites(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "sites").iterdir() if path.is_dir())
-
-
-def _linked(link: Path, target: Path) -> Path:
-    if target.exists() and not link.exists():
-        link.parent.mkdir(exist_ok=True)
-        with contextlib.suppress(FileExistsError):  # another process was quicker
-            link.symlink_to(target)
-    return link.parent
-
-
 # -- many -------------------------------------------------------------------------------------------------------------
 
 
@@ -400,7 +377,7 @@ def run_all(function: Callable[[Job], Any], jobs: Sequence[Job], processes: int)
     for dataset, seed in places.values():
         folder = dataset.folder(seed)  # before the processes start, so that no two make the same one
         pooled_site(folder)
-        _first_site(folder)
+        first_site(folder)
     RunStore(default_root())
     if processes == 1:
         return [function(job) for job in jobs]

@@ -112,15 +112,15 @@ def mean_of_sketches(sketches: Iterable[QuantisedSketch], weights: Sequence[int]
             cause="no site had calibration examples",
             remedy="check the sites' data and giva.calibration-batches",
         )
-    total: np.ndarray | None = None
-    for sketch, weight in zip_longest(sketches, weights):
+    total = np.zeros((0, 0))
+    for number, (sketch, weight) in enumerate(zip_longest(sketches, weights)):
         if sketch is None or weight is None:
             raise BasesError(
                 "sketches and weights do not fit",
                 got=f"{'fewer' if sketch is None else 'more'} sketches than the {len(weights)} weights",
             )
         term, exponents = exact.checked(sketch.codes, sketch.exponents)
-        if total is None:
+        if number == 0:
             total = np.zeros(term.shape)
         elif total.shape != term.shape:
             raise BasesError(
@@ -131,7 +131,6 @@ def mean_of_sketches(sketches: Iterable[QuantisedSketch], weights: Sequence[int]
             )
         term *= np.ldexp(float(weight), exponents)  # rounded once, as weight · (codes · 2^exponents) is
         total += term
-    assert total is not None  # there is a weight, and so there was a sketch
     return total / float(sum(weights))
 
 
