@@ -72,13 +72,13 @@ ROWS = {
     "rolora": _rated("RoLoRA r=8", (*LORA_RATES, 8e-3), method="rolora"),
     "fedex-lora": _rated("FedEx-LoRA r=8", (*LORA_RATES, 8e-3), method="fedex-lora"),
     "vera": _rated("VeRA r=256", (0.02, 0.05, 0.1, 0.2), method="vera"),
-    "osora": _rated("OSoRA r=8", (0.02, 0.05, 0.1), method="osora"),
+    "osora": _rated("OSoRA r=8", (0.02, 0.05, 0.1, 0.2), method="osora"),
     "randlora": _rated("RandLoRA r=32", (1e-4, 5e-4, 2e-3), method="randlora"),
     "lora-xs": _rated("LoRA-XS r=8, bases of the weight", (1e-3, 5e-3, 2e-2, 5e-2), method="lora-xs"),
     "fed-sb": _rated(
         "LoRA-XS r=8, federated bases", (2e-3, 5e-3, 2e-2, 5e-2), method="lora-xs", **{"lora_xs.bases": "gradient"}
     ),
-    "full": _rated("all weights", (1e-5, 3e-5, 1e-4), method="full"),
+    "full": _rated("all weights", (1e-5, 3e-5, 1e-4, 3e-4), method="full"),
     "head": Row(
         "frozen encoder, head alone",
         {"method": "head", "rounds.head-rounds": 0, "rounds.num-rounds": 20, "train.local-epochs": 1.0},
@@ -285,7 +285,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0")
     parser.add_argument("--tune", action="store_true", help="search the rates on the validation rows")
-    parser.add_argument("--marks", action="store_true", help=f"bytes until {MARK:.0%} of central GiVA is reached")
+    parser.add_argument("--marks", action="store_true", help=f"bytes until {MARK} of central GiVA's accuracy is reached")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--set", dest="settings", nargs="*", default=[], metavar="KEY=VALUE", help="override settings")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
