@@ -285,7 +285,9 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0")
     parser.add_argument("--tune", action="store_true", help="search the rates on the validation rows")
-    parser.add_argument("--marks", action="store_true", help=f"bytes until {MARK} of central GiVA's accuracy is reached")
+    parser.add_argument(
+        "--marks", action="store_true", help=f"bytes until {MARK} of central GiVA's accuracy is reached"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--set", dest="settings", nargs="*", default=[], metavar="KEY=VALUE", help="override settings")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
