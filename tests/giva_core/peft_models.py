@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import warnings
 
-import numpy as np
 import pytest
 import torch
 import transformers
 from torch import nn
+from toy_modules import make_bases
 
 from giva_core import inject
-from giva_core.bases import bases_digest
 from giva_core.config import GivaConfig
-from giva_core.types import Bases, BasesSet
 
 peft = pytest.importorskip("peft", minversion="0.21")
 
@@ -54,14 +52,7 @@ def output(model, rows=4):
 
 
 def bases_for(model, targets, seed=0, r=3):
-    rng = np.random.default_rng(seed)
-    layers, ranks = inject.layer_shapes(model, GivaConfig(rank=r, target_modules=targets))
-    made = {}
-    for layer, rank in zip(layers, ranks, strict=True):
-        A = np.linalg.qr(rng.normal(size=(layer.d_in, rank)))[0].T
-        B = np.linalg.qr(rng.normal(size=(layer.d_out, rank)))[0]
-        made[layer.name] = Bases(A.astype(np.float32).copy(), B.astype(np.float32))
-    return BasesSet(made, "rand", bases_digest(made, "rand"))
+    return make_bases(*inject.layer_shapes(model, GivaConfig(rank=r, target_modules=targets)), seed)
 
 
 def perturb(model, adapter="default", seed=0):
