@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
+from _medical import RECIPE, medical
 from torch.nn.utils.rnn import pad_sequence
 
 from client.alone import site_at
-from client.prepare import prepare
 from client.trainer import LocalTrainer
 from giva_core import aggregate, bases, calibration, protocol
 from giva_core.calibration import Sketches
 from giva_core.config import GivaConfig, RunConfig
 from giva_core.models import TaskModel
-from giva_core.paths import giva_home
 from giva_core.protocol import TrainRequest
 from giva_core.sites import site_folders
 from giva_core.sketch import SketchPass, sketch_pass
 from giva_core.types import Arrays, LayerShape
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "medical.toml"
 HEAD_ROUNDS, HEAD_STEPS = 3, 20
 
 Batches = Sequence[dict[str, torch.Tensor]]
@@ -31,8 +27,7 @@ Gradients = dict[str, torch.Tensor]
 
 def make_sites(seed: int) -> list[LocalTrainer]:
     """The four sites of the medical task, with one model."""
-    made = prepare("medical", home=giva_home(), seed=seed, progress=lambda text: print(text, file=sys.stderr))
-    settings = {"data.folder": str(made.sites), "giva.seed": seed, "train.max-local-steps": HEAD_STEPS}
+    settings = {"data.folder": str(medical(seed).sites), "giva.seed": seed, "train.max-local-steps": HEAD_STEPS}
     config = RunConfig.from_toml(RECIPE, settings)
     return [LocalTrainer(site_at(folder, config), config) for folder in site_folders(config.data)]
 

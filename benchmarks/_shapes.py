@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 import transformers
+from _configs import CONFIGS, GATED
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from giva_core.bases import bases_digest
 from giva_core.inject import adapted_layers, inject
-from giva_core.types import BasesSet, LayerShape
+from giva_core.types import Bases, BasesSet, LayerShape
 
-GATED = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 VISION = r".*\.(query|key|value|[qkv]_proj|fc1|fc2)"  # the names changed in transformers 5
 LABELS = 18
 #: Off: they cost all methods the same, and calibration, in eval mode, nothing.
@@ -49,36 +51,13 @@ class Shape:
 
 
 SHAPES = {
-    "minilm": Shape(
-        "BertConfig",
-        {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
-    ),
-    "roberta-base": Shape("RobertaConfig", {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}),
-    "qwen2-0.5b": Shape(
-        "Qwen2Config",
-        {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-         "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
-        GATED, 16, 1, 512, True,
-    ),
-    "olmo2-7b": Shape(
-        "Olmo2Config",
-        {"vocab_size": 100352, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-         "num_attention_heads": 32, "num_key_value_heads": 32},
-        GATED, 16, 1, 512, True,
-    ),
-    "dinov2-base": Shape(
-        "Dinov2Config",
-        {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "mlp_ratio": 4, "image_size": 224,
-         "patch_size": 14},
-        VISION, 128, 4, None,
-    ),
-    "clip-large": Shape(
-        "CLIPVisionConfig",
-        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
-         "image_size": 224, "patch_size": 14},
-        VISION, 128, 2, None,
-    ),
-}  # fmt: skip
+    "minilm": Shape(*CONFIGS["minilm"]),
+    "roberta-base": Shape(*CONFIGS["roberta-base"]),
+    "qwen2-0.5b": Shape(*CONFIGS["qwen2-0.5b"], GATED, 16, 1, 512, True),
+    "olmo2-7b": Shape(*CONFIGS["olmo2-7b"], GATED, 16, 1, 512, True),
+    "dinov2-base": Shape(*CONFIGS["dinov2-base"], VISION, 128, 4, None),
+    "clip-large": Shape(*CONFIGS["clip-large"], VISION, 128, 2, None),
+}
 
 
 class Encoder(nn.Module):
@@ -140,6 +119,17 @@ def make_batch(shape: Shape, examples: int, device: torch.device, dtype: torch.d
 def tokens_of(shape: Shape, examples: int) -> int:
     """Tokens that pass a layer."""
     return examples * (shape.tokens or (shape.values["image_size"] // shape.values["patch_size"]) ** 2 + 1)
+
+
+def random_bases(layers: Sequence[LayerShape], ranks: Sequence[int]) -> BasesSet:
+    """Orthonormal, from Gaussians: everything takes as long as with calibrated ones."""
+    rng = np.random.default_rng(0)
+
+    def columns(rows: int, r: int) -> np.ndarray:
+        return np.linalg.qr(rng.normal(size=(rows, r)))[0].astype(np.float32)
+
+    made = {x.name: Bases(columns(x.d_in, r).T.copy(), columns(x.d_out, r)) for x, r in zip(layers, ranks, strict=True)}
+    return BasesSet(made, "rand", bases_digest(made, "rand"))
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------------

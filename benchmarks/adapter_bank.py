@@ -11,6 +11,7 @@ and as many LoRA adapters as `--baseline` says into PEFT's model; what PEFT need
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -24,15 +25,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
+from _shapes import random_bases
+from _timing import Work, in_turn, wall_seconds
 from torch import nn
 
-from giva_core import inject
 from giva_core.adapter_bank import AdapterBank
-from giva_core.bases import bases_digest
-from giva_core.config import RunConfig, parse_assignments
+from giva_core.config import GivaConfig, RunConfig, parse_assignments
+from giva_core.inject import layer_shapes
 from giva_core.models import TaskModel, load_task_model
 from giva_core.paths import giva_home
-from giva_core.types import Arrays, Bases, BasesSet
+from giva_core.types import Arrays, BasesSet
 from server.cli.result import bytes_text
 
 ROWS, LENGTH = 32, 64
@@ -93,14 +95,9 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def median(run: Callable[[], object], repeats: int, scale: float) -> float:
+def median(run: Work, repeats: int, scale: float) -> float:
     """Median time of `run`, in seconds times `scale`."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * scale
+    return statistics.median(wall_seconds(run) for _ in range(repeats)) * scale
 
 
 def loaded() -> TaskModel:
@@ -109,18 +106,6 @@ def loaded() -> TaskModel:
     settings = parse_assignments([f"task.labels={json.dumps(labels)}"])
     path = str(giva_home() / "models" / "all-MiniLM-L6-v2")
     return load_task_model(RunConfig.from_flat({**settings, "model.path": path}))
-
-
-def random_bases(task: TaskModel, rank: int) -> BasesSet:
-    """Orthonormal bases for all linear layers; what they span does not matter here."""
-    rng = np.random.default_rng(0)
-    layers = {}
-    for name, module in inject.find_targets(task.model, "all-linear", task.head_modules):
-        d_out, d_in = module.weight.shape
-        A = np.linalg.qr(rng.standard_normal((d_in, rank)))[0].T
-        B = np.linalg.qr(rng.standard_normal((d_out, rank)))[0]
-        layers[name] = Bases(A.astype(np.float32).copy(), B.astype(np.float32))
-    return BasesSet(layers, "rand", bases_digest(layers, "rand"))
 
 
 def random_adapter(bases: BasesSet, seed: int, head: bool) -> Arrays:
@@ -173,7 +158,7 @@ def with_heads(bases: BasesSet, dtype: torch.dtype, batch: dict[str, torch.Tenso
 def measure(rank: int, adapters: int, baseline: int, repeats: int) -> Report:
     """Fill both, and let them take turns."""
     plain, served, task = loaded(), loaded(), loaded()
-    bases = random_bases(task, rank)
+    bases = random_bases(*layer_shapes(task.model, GivaConfig(rank=rank), exclude=task.head_modules))
     batch = batch_of(task)
     before = resident()
     bank = AdapterBank(task.model, bases, capacity=adapters)
@@ -191,11 +176,11 @@ def measure(rank: int, adapters: int, baseline: int, repeats: int) -> Report:
         with bank.route(names):
             task.forward(batch)
 
-    def cycle(switch: Callable[[str], object], count: int) -> Callable[[], None]:
-        chosen = iter(range(10**9))
-        return lambda: switch(f"task-{next(chosen) % count}") and None
+    def cycle(switch: Callable[[str], object], count: int) -> Work:
+        chosen = itertools.cycle(range(count))
+        return lambda: switch(f"task-{next(chosen)}")
 
-    runs: dict[str, Callable[[], object]] = {
+    runs: dict[str, Work] = {
         "base": lambda: plain.forward(batch),
         "bank one": lambda: task.forward(batch),
         "bank mixed": mixed,
@@ -204,14 +189,7 @@ def measure(rank: int, adapters: int, baseline: int, repeats: int) -> Report:
     }
     bank.switch("task-1")
     lora.set_adapter("task-1")
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn:  # the first turn warms up
-                times[name].append((time.perf_counter() - start) * 1e3)
-    ms = {name: statistics.median(values) for name, values in times.items()}
+    ms = {name: 1e3 * statistics.median(found) for name, found in in_turn(runs, repeats).items()}
     vectors = 4 * sum(sum(layer.B.shape) for layer in bases.layers.values())
     matrices = 4 * sum(layer.A.size + layer.B.size for layer in bases.layers.values())
     full, expected = with_heads(bases, torch.float32, batch)

@@ -18,8 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from _gradients import (
     train_head,
     weight_gradients,
 )
+from _timing import Work, in_turn
 
 from giva_core import aggregate, bases, calibration
 from giva_core.bases import dequantise
@@ -216,7 +216,7 @@ def _spread(values: Sequence[float]) -> Spread:
 
 def variants(
     task: TaskModel, layers: Sequence[LayerShape], ranks: Sequence[int], giva: GivaConfig, batches: Batches
-) -> dict[str, Callable[[], object]]:
+) -> dict[str, Work]:
     """The pieces of work that are compared, on the same batches."""
     [stage, *_] = calibration.stages(giva)
     multipliers = calibration.multipliers(stage, layers, ranks, giva, None)
@@ -234,15 +234,9 @@ def variants(
     }
 
 
-def measure_seconds(work: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of each, and the median ratio to the first; one warm-up, then all in turn, `repeats` times."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(repeats + 1):
-        for name, run in work.items():
-            started = time.perf_counter()
-            run()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
+def measure_seconds(work: dict[str, Work], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of each, and the median ratio to the first."""
+    seconds = in_turn(work, repeats)
     [floor, *_] = seconds.values()
     ratios = {
         name: statistics.median(a / b for a, b in zip(found, floor, strict=True)) for name, found in seconds.items()

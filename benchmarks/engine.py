@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,12 +31,12 @@ from unittest.mock import patch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from _medical import RECIPE, medical
+
 from giva_core.config import RunConfig, parse_assignments
-from giva_core.paths import giva_home
 from giva_core.types import RoundRecord
 from server.cli.result import bytes_text
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "medical.toml"
 FEW, MANY = 4, 100
 EVAL_ROWS = 200
 #: Times and bytes: the recipe's calibration and short rounds.
@@ -188,7 +189,7 @@ def simulate_sites(config: RunConfig, repeats: int) -> Simulated:
         simulations.append(phases)
     [site, *_] = records[-1].sites
     shapes = [*schema.vector_shapes().values(), *schema.state.values()]
-    numbers = sum(_size(shape) for shape in shapes)
+    numbers = sum(math.prod(shape) for shape in shapes)
     return Simulated(loads, simulations, site.bytes_up, site.bytes_down, numbers, peak_bytes())
 
 
@@ -205,13 +206,6 @@ def peak_bytes() -> int:
     """Peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS
-
-
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
 
 
 # -- in the parent process --------------------------------------------------------------------------------------------
@@ -250,12 +244,11 @@ def work_off(folder: Path, settings: dict[str, Any], repeats: int) -> Simulated:
 
 def measure(repeats: int, settings: dict[str, Any]) -> Report:
     """Run the whole benchmark."""
-    from client.prepare import prepare
 
     def say(text: str) -> None:
         print(text, file=sys.stderr)
 
-    pooled = prepare("medical", home=giva_home(), progress=say).pooled
+    pooled = medical().pooled
     with tempfile.TemporaryDirectory() as scratch:
         folders = {count: deal(pooled, Path(scratch) / str(count), count) for count in (1, FEW, MANY)}
         say(f"times and bytes with {FEW} sites")

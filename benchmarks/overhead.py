@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "deploy"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from _medical import RECIPE, medical
 from live_federation import BIN, LiveFederation, free_port, run_file
 
 from giva_core.config import RunConfig
-from giva_core.paths import giva_home
 
 ROOT = Path(__file__).parents[1]
 SITES = ("site-1", "site-2", "site-3")
@@ -83,7 +83,7 @@ def measure(folder: Path, model: Path, data: Path, rounds: int, *, is_plain: boo
             start_site(live, site, is_plain)
         live.wait_for_sites(*SITES)
         config = RunConfig.from_toml(
-            ROOT / "recipes" / "medical.toml",
+            RECIPE,
             {
                 "model.path": str(model),
                 "rounds.min-sites": len(SITES),
@@ -157,9 +157,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="training rounds of each federation")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     options = parser.parse_args()
-    from client.prepare import prepare
-
-    made = prepare("medical", home=giva_home(), progress=lambda text: print(text, file=sys.stderr))
+    made = medical()
     found = {}
     for name, is_plain in (("preforked", False), ("plain", True)):
         with tempfile.TemporaryDirectory(prefix="giva-") as scratch:

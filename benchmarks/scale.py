@@ -19,19 +19,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ContextDecorator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import engine
 import numpy as np
+from _configs import CONFIGS, GATED
+from _medical import medical
 from flwr.app import Message
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
@@ -53,8 +56,7 @@ from server.updates import Intake
 COUNTS = (10, 100, 1000)
 #: Flower's FedMedian holds every update several times over: a thousand would need some 15 GB.
 MEDIAN_COUNTS = (10, 100)
-RANK, BLOCKS = 64, 32
-MODULES = {"q_proj": 4096, "k_proj": 4096, "v_proj": 4096, "up_proj": 11008, "down_proj": 4096}
+RANK = 64
 EXAMPLES = 1000
 
 
@@ -115,10 +117,12 @@ class Report:
 
 def layers() -> tuple[LayerShape, ...]:
     """The adapted layers of OLMo2-7B."""
+    _, values = CONFIGS["olmo2-7b"]
+    hidden, inner = values["hidden_size"], values["intermediate_size"]
     return tuple(
-        LayerShape(f"{i}.{name}", d_out, 11008 if name == "down_proj" else 4096)
-        for i in range(BLOCKS)
-        for name, d_out in MODULES.items()
+        LayerShape(f"{i}.{name}", inner if name == "up_proj" else hidden, inner if name == "down_proj" else hidden)
+        for i in range(values["num_hidden_layers"])
+        for name in GATED
     )
 
 
@@ -156,6 +160,18 @@ class ManySites(Grid):
     set_run = create_message = send_and_receive = _unused
 
 
+class Clock(ContextDecorator):
+    """Adds up processor time: of what is done in a `with` of it, and of all calls of a function put into it."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.process_time()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += time.process_time() - self._began
+
+
 def names_of(sites: int) -> tuple[dict[str, int], dict[str, Hello]]:
     """Node id and introduction by site."""
     names = {f"site-{index:04}": index + 1 for index in range(sites)}
@@ -177,26 +193,19 @@ def aggregate(strategy: str, sites: int) -> Aggregation:
     names, hellos = names_of(sites)
     aggregator = make_aggregator(RunConfig.from_flat({"strategy.name": strategy}))
     intake = Intake(hellos, start, list(start), keeps=sites <= KEPT_UPDATES or not aggregator.is_mean)
-    spent = 0.0
-
-    def take(answer: exchange.Answer) -> exchange.Answer:
-        nonlocal spent
-        began = time.process_time()
-        slim = intake.take(answer)
-        spent += time.process_time() - began
-        return slim
-
+    clock = Clock()
     grid = ManySites(update(start))
     aggregator.prepare(1, start)
-    before = peak_bytes()
+    before = engine.peak_bytes()
+    take = clock(intake.take)
     answers = exchange.ask(grid, names, protocol.ROUND, Payload(), deadline_seconds=3600.0, take=take)
-    began = time.process_time()
-    accepted = intake.accepted(answers)
-    made = accepted.mean if accepted.mean is not None else aggregator.aggregate(1, accepted.updates)
-    spent += time.process_time() - began
+    with clock:
+        accepted = intake.accepted(answers)
+        made = accepted.mean if accepted.mean is not None else aggregator.aggregate(1, accepted.updates)
     if len(accepted.updates) != sites or not all(np.isfinite(array).all() for array in made.values()):
         raise RuntimeError(f"{len(accepted.updates)} of {sites} updates were accepted: {accepted.records[0].reason}")
-    return Aggregation(strategy, sites, intake.keeps, spent, spent / sites, peak_bytes() - before)
+    peak = engine.peak_bytes() - before
+    return Aggregation(strategy, sites, intake.keeps, clock.seconds, clock.seconds / sites, peak)
 
 
 def calibrate(first: int, sites: int) -> Calibration:
@@ -209,40 +218,28 @@ def calibrate(first: int, sites: int) -> Calibration:
     numbers, columns = sum(n * q for n, q in shapes.values()), sum(q for _, q in shapes.values())
     codes = np.random.default_rng(0).integers(-(2**15) + 1, 2**15, numbers, np.int16)
     values = {"num-examples": giva.calibration_batches * giva.calibration_batch_size, "loss": 0.5}
-    spent = 0.0
 
     def sketch(node_id: int) -> Payload:
         exponents = np.full(columns, -20 + node_id % 5, np.int16)
         return Payload({"codes": np.roll(codes, node_id), "exponents": exponents}, dict(values))
 
-    def take(answer: exchange.Answer) -> exchange.Answer:
-        nonlocal spent
-        began = time.process_time()
-        slim = intake.take(answer)
-        spent += time.process_time() - began
-        return slim
-
+    clock = Clock()
     grid = ManySites(sketch)
-    before = peak_bytes()
+    before = engine.peak_bytes()
     with tempfile.TemporaryDirectory() as folder, SketchShelf(Path(folder), shapes, KEPT_SKETCH_BYTES) as shelf:
         shelf.check_room(sites, giva.sketch_bits)
         intake = SketchIntake(hellos, giva, shelf)
+        take = clock(intake.take)
         answers = exchange.ask(
             grid, names, protocol.CALIBRATE, Payload(), deadline_seconds=3600.0, take=take, answer_bytes=size
         )
-        began = time.process_time()
-        heard = intake.heard(answers)
-        heard.mean(giva.sketch_bits)
-        spent += time.process_time() - began
+        with clock:
+            heard = intake.heard(answers)
+            heard.mean(giva.sketch_bits)
         if len(heard.sites) != sites:
             raise RuntimeError(f"{len(heard.sites)} of {sites} sketches were accepted: {heard.records[0].reason}")
-        return Calibration(len(sketched), sites, size, spent, spent / sites, peak_bytes() - before, shelf.written_bytes)
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS
+        spent, peak = clock.seconds, engine.peak_bytes() - before
+        return Calibration(len(sketched), sites, size, spent, spent / sites, peak, shelf.written_bytes)
 
 
 # -- in the parent process --------------------------------------------------------------------------------------------
@@ -258,12 +255,7 @@ def in_process(job: str, *what: str | int) -> dict[str, Any]:
 
 def simulation_bytes() -> dict[int, int]:
     """Peak memory of simulations of 4 and of 100 sites, as `benchmarks/engine.py` runs them."""
-    import engine
-
-    from client.prepare import prepare
-    from giva_core.paths import giva_home
-
-    pooled = prepare("medical", home=giva_home(), progress=lambda text: print(text, file=sys.stderr)).pooled
+    pooled = medical().pooled
     with tempfile.TemporaryDirectory() as scratch:
         return {
             count: engine.in_process(engine.deal(pooled, Path(scratch) / str(count), count), engine.LEAN, 1).peak_bytes

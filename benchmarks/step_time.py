@@ -21,16 +21,16 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that waits takes no processor time
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import numpy as np
 import torch
-from _shapes import METHODS, SHAPES, Batch, Shape, build, make_batch, sharing_copy, tokens_of
+from _shapes import METHODS, SHAPES, Batch, Shape, build, make_batch, random_bases, sharing_copy, tokens_of
+from _timing import Work, in_turn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,10 +38,8 @@ from giva_core import adapt, calibration
 from giva_core.config import GivaConfig
 from giva_core.inject import layer_shapes
 from giva_core.sketch import sketch_pass
-from giva_core.types import Bases, BasesSet, LayerShape
 from server.cli.result import bytes_text
 
-Work = Callable[[], object]
 FLOOR, REFERENCE = "frozen", "lora"
 
 
@@ -138,7 +136,7 @@ def measure(name: str, methods: Sequence[str], options: argparse.Namespace) -> R
         frozen()
     kept = {key: kept_bytes(work[key], models[key]) for key in models}
     peaks = {key: peak_bytes(run, device) for key, run in work.items()}
-    seconds = measure_seconds(work, options.repeats, device)
+    seconds = in_turn(work, options.repeats, lambda run: _seconds(run, device))
     limit = product_speed(device, dtype)
 
     def ratio(key: str, to: str) -> float:
@@ -171,17 +169,6 @@ def measure(name: str, methods: Sequence[str], options: argparse.Namespace) -> R
         bases_seconds,
         found,
     )
-
-
-def random_bases(layers: Sequence[LayerShape], ranks: Sequence[int]) -> BasesSet:
-    """Orthonormal, from Gaussians: a step takes as long as with calibrated ones."""
-    rng = np.random.default_rng(0)
-
-    def columns(rows: int, r: int) -> np.ndarray:
-        return np.linalg.qr(rng.normal(size=(rows, r)))[0].astype(np.float32)
-
-    made = {x.name: Bases(columns(x.d_in, r).T, columns(x.d_out, r)) for x, r in zip(layers, ranks, strict=True)}
-    return BasesSet(made, "rand", "")
 
 
 # -- work -------------------------------------------------------------------------------------------------------------
@@ -252,17 +239,6 @@ def peak_bytes(run: Work, device: torch.device) -> int | None:
     torch.cuda.reset_peak_memory_stats(device)
     run()
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def measure_seconds(work: dict[str, Work], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each; one warm-up, then all in turn, `repeats` times."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(repeats + 1):
-        for name, run in work.items():
-            taken = _seconds(run, device)
-            if number:
-                seconds[name].append(taken)
-    return seconds
 
 
 def product_speed(device: torch.device, dtype: torch.dtype) -> float:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from _configs import CONFIGS, GATED
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -33,49 +34,29 @@ from server.exchange import message_bytes, to_content
 PRECISIONS = {"float32": 4, "float16": 2, "int8": 1}
 ENCODER = {"giva.rank": 8, "lora.rank": 8, "vera.rank": 256, "randlora.rank": 32}
 DECODER = {"giva.rank": 64, "lora.rank": 16, "vera.rank": 1024, "randlora.rank": 32}
-GATED = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A public configuration, and what is adapted of it.
+    """What is counted of a model in `CONFIGS`.
 
     Attributes:
-        kind: transformers' configuration class.
         auto: transformers' automatic class, whose weights `full` trains.
-        values: The configuration.
         settings: Ranks.
         targets: Adapted layers; the paper's.
         outputs: Classes of the head; 0 for a language model, which has none of its own.
     """
 
-    kind: str
     auto: str
-    values: dict[str, Any]
     settings: dict[str, int]
     targets: str | tuple[str, ...] = "all-linear"
     outputs: int = 0
 
 
-def _decoder(kind: str, vocab: int, hidden: int, inner: int, layers: int, heads: int, kv: int, tied: bool) -> Model:
-    values = {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
-    own = {"num_attention_heads": heads, "num_key_value_heads": kv, "tie_word_embeddings": tied}
-    return Model(kind, "AutoModelForCausalLM", {**values, **own, "head_dim": hidden // heads}, DECODER, GATED)
-
-
-_MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 MODELS = {
-    "minilm": Model("BertConfig", "AutoModel", {**_MINILM, "vocab_size": 30522}, ENCODER, outputs=18),
-    "roberta-base": Model(
-        "RobertaConfig",
-        "AutoModel",
-        {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1},
-        ENCODER,
-        outputs=18,
-    ),
-    "qwen2-0.5b": _decoder("Qwen2Config", 151936, 896, 4864, 24, 14, 2, True),
-    "llama-3.2-3b": _decoder("LlamaConfig", 128256, 3072, 8192, 28, 24, 8, True),
-    "olmo2-7b": _decoder("Olmo2Config", 100352, 4096, 11008, 32, 32, 32, False),
+    "minilm": Model("AutoModel", ENCODER, outputs=18),
+    "roberta-base": Model("AutoModel", ENCODER, outputs=18),
+    **{name: Model("AutoModelForCausalLM", DECODER, GATED) for name in ("qwen2-0.5b", "llama-3.2-3b", "olmo2-7b")},
 }
 
 
@@ -128,7 +109,7 @@ class Shapes:
     weights: dict[str, tuple[int, ...]]
 
 
-def read_shapes(model: Model) -> Shapes:
+def read_shapes(name: str) -> Shapes:
     """The shapes of a model that is never allocated."""
     import torch
     import transformers
@@ -136,13 +117,15 @@ def read_shapes(model: Model) -> Shapes:
     from giva_core.config import GivaConfig
     from giva_core.inject import layer_shapes
 
-    config = getattr(transformers, model.kind)(**model.values)
+    model, (kind, values) = MODELS[name], CONFIGS[name]
+    config = getattr(transformers, kind)(**values)
     options = {"add_pooling_layer": False} if model.auto == "AutoModel" else {}
     with torch.device("meta"):
         made = getattr(transformers, model.auto).from_config(config, **options)
     layers, _ = layer_shapes(made, GivaConfig(rank=1, target_modules=model.targets))
-    hidden = model.values.get("hidden_size", 768)
-    head = {"classifier.weight": (model.outputs, hidden), "classifier.bias": (model.outputs,)} if model.outputs else {}
+    head: dict[str, tuple[int, ...]] = {}
+    if model.outputs:
+        head = {"classifier.weight": (model.outputs, config.hidden_size), "classifier.bias": (model.outputs,)}
     return Shapes(layers, head, {name: tuple(p.shape) for name, p in made.named_parameters()})
 
 
@@ -278,7 +261,7 @@ def measure(models: Sequence[str], rounds: int, sites: int) -> Report:
     """Count every method in every precision."""
     middle = METHODS[METHODS.index("giva") + 1 : METHODS.index("lora-xs") + 1]
     methods = ["giva", "giva/random", *middle, "lora-xs/gradient", "full", "head"]
-    found = {name: read_shapes(MODELS[name]) for name in models}
+    found = {name: read_shapes(name) for name in models}
     rows = [
         count(model, method, precision, rounds, sites, found[model])
         for model in models
@@ -321,7 +304,7 @@ def table(report: Report) -> str:
                 f"{bytes_text(plain.calibration) if plain.calibration else '-':>12} {bytes_text(plain.run):>13} "
                 f"{bytes_text(small.run):>10} {plain.of_gradient:>12.5f}"
             )
-        fedex = paper_fedex_down(model, report.sites, read_shapes(MODELS[model]))
+        fedex = paper_fedex_down(model, report.sites, read_shapes(model))
         lines += [f"  fedex-lora down, were sites to keep earlier residuals: {bytes_text(fedex)} a round", ""]
     return "\n".join(lines)
 

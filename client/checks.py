@@ -71,12 +71,12 @@ def _policy(site: SiteFile, run: RunConfig) -> Check:
 
 
 def _rows(site: SiteFile, name: str, run: RunConfig | None) -> Check:
-    from .data import read_rows
+    from .data import RowStream
 
     path = Path(site.data.folder) / name
     try:
         if run:
-            return Check(name, True, f"{len(read_rows(path, run.task, site.data))} rows")
+            return Check(name, True, f"{sum(1 for _ in RowStream(path, run.task, site.data))} rows")
         count, columns = _count_rows(path, site.data)
         what = f"{count} rows of {' and '.join(columns)}"
         return Check(name, True, f"{what}; --config RUN.toml checks what is in them, too")

@@ -10,6 +10,7 @@ chose the labels and were told lines or counts could ask for one row after the o
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from giva_core.config import DataConfig, TaskConfig
 from giva_core.errors import DataError
 from giva_core.rows import Row
 
-from .file_formats import open_rows, require_columns
+from .file_formats import FoundRow, open_rows, require_columns
 from .row_parsers import BadRow, row_parser
 
 #: How many bad rows an error names; the others are counted.
@@ -47,34 +48,40 @@ class Examples:
         return f"Examples({len(self)} examples)"
 
 
-def read_rows(path: str | Path, task: TaskConfig, data: DataConfig) -> Examples:
-    """Read the examples of one file; its ending tells the format: `.jsonl`, `.csv` (with a header) or `.parquet`.
-    Images may also lie in a folder, in a sub-folder for each label.
+class RowStream:
+    """The examples of one file, one after the other as they are read; `labels` are those of the examples so far.
 
-    UTF-8 with or without a byte order mark, lines ended by LF or CRLF; blank lines are no rows. Rows are read one by
-    one, and all of them are checked before an error is raised.
+    Its ending tells the format: `.jsonl`, `.csv` (with a header) or `.parquet`. Images may also lie in a folder, in a
+    sub-folder for each label. UTF-8 with or without a byte order mark, lines ended by LF or CRLF; blank lines are no
+    rows. What is wrong is told behind the last example, when all rows have been checked.
 
     Args:
         path: The file.
         task: Kind of the task and the agreed labels.
         data: Names of the columns.
 
-    Returns:
-        All rows of the file.
-
     Raises:
         ConfigError: The task has no labels.
-        DataError: The file is missing, empty, of an unknown format, lacks a column, or has rows that cannot be used.
-        DependencyError: Parquet is asked for and pyarrow is not installed.
+        DataError: While it is read: the file is missing, empty, of an unknown format, lacks a column, or has rows that
+            cannot be used.
+        DependencyError: While it is read: Parquet is asked for and pyarrow is not installed.
     """
-    path = Path(path)
-    parser = row_parser(task, data)
-    examples: list[Row] = []
-    labels: list[Any] = []
-    columns: dict[str, None] = {}
-    faults = _Faults({".parquet": "row", "": "image"}.get(path.suffix.lower(), "line"))
-    try:
-        for line, row in open_rows(path, parser.needed, parser.settings, parser.optional, parser.image_columns):
+
+    def __init__(self, path: str | Path, task: TaskConfig, data: DataConfig) -> None:
+        self._path = Path(path)
+        self._parser = row_parser(task, data)
+        self._labels: list[Any] = []
+
+    @property
+    def labels(self) -> np.ndarray:
+        """As in `Examples`."""
+        return np.array(self._labels, dtype=self._parser.label_type)
+
+    def __iter__(self) -> Iterator[Row]:
+        path, parser = self._path, self._parser
+        columns: dict[str, None] = {}
+        faults = _Faults({".parquet": "row", "": "image"}.get(path.suffix.lower(), "line"))
+        for line, row in self._found():
             try:
                 if isinstance(row, str):
                     raise BadRow(row)
@@ -83,30 +90,40 @@ def read_rows(path: str | Path, task: TaskConfig, data: DataConfig) -> Examples:
             except BadRow as fault:
                 faults.add(line, str(fault))
                 continue
-            examples.append(example)
-            labels.append(label)
-    except FileNotFoundError:
-        raise DataError(
-            f"there is no data file {path}",
-            cause="the path or the file's name is not the site's",
-            remedy="set the site's data folder and data.train-file / data.eval-file to files that exist",
-            public="the data file is missing",
-        ) from None
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read",
-            got=error.strerror,
-            remedy="make it a file that this process may read",
-            public="the data file cannot be read",
-        ) from None
-    if columns:
-        require_columns(path, parser.needed, columns, parser.settings)
-    faults.raise_if_any(path)
-    if not examples:
-        raise DataError(
-            f"{path} holds no examples", expected="at least one row", public="the data file holds no examples"
-        )
-    return Examples(tuple(examples), np.array(labels, dtype=parser.label_type))
+            self._labels.append(label)
+            yield example
+        if columns:
+            require_columns(path, parser.needed, columns, parser.settings)
+        faults.raise_if_any(path)
+        if not self._labels:
+            raise DataError(
+                f"{path} holds no examples", expected="at least one row", public="the data file holds no examples"
+            )
+
+    def _found(self) -> Iterator[FoundRow]:
+        path, parser = self._path, self._parser
+        try:
+            yield from open_rows(path, parser.needed, parser.settings, parser.optional, parser.image_columns)
+        except FileNotFoundError:
+            raise DataError(
+                f"there is no data file {path}",
+                cause="the path or the file's name is not the site's",
+                remedy="set the site's data folder and data.train-file / data.eval-file to files that exist",
+                public="the data file is missing",
+            ) from None
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read",
+                got=error.strerror,
+                remedy="make it a file that this process may read",
+                public="the data file cannot be read",
+            ) from None
+
+
+def read_rows(path: str | Path, task: TaskConfig, data: DataConfig) -> Examples:
+    """All examples of one file, as `RowStream` reads them; its arguments and errors."""
+    stream = RowStream(path, task, data)
+    return Examples(tuple(stream), stream.labels)
 
 
 class _Faults:

@@ -21,8 +21,8 @@ SHOWN_COLUMNS = 20
 #: What an error says to look at where columns are missing, unless it knows better.
 SETTINGS = "the columns under [data]"
 
+_PARQUET_ROWS = 16  # held in memory at once: images are large
 #: Endings of the files in a folder of images.
-_PARQUET_ROWS = 256  # held in memory at once: images are large
 IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 _UTF8_BOM = b"\xef\xbb\xbf"

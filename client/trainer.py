@@ -28,7 +28,7 @@ from giva_core.sketch import sketch_pass
 from giva_core.types import Arrays, ClientUpdate, ModelSchema, SiteEvaluation
 
 from .backbone import get_backbone
-from .data import read_rows
+from .data import RowStream
 from .frozen import FrozenHead, can_freeze, head_inputs
 from .policy import Policy
 from .site import SiteSettings
@@ -159,9 +159,9 @@ class LocalTrainer:
         task, model, kept = self.config.task, self.backbone.task, self.backbone.rows
         key = (path, _state_of(path), self.site.data)
         if key not in kept:
-            examples = read_rows(path, task, self.site.data)
-            features = model.encode_rows(examples.rows, task.max_length)
-            kept[key] = EncodedData(features, examples.labels, [model.length(item) for item in features])
+            rows = RowStream(path, task, self.site.data)  # encoded as they come: image files together are large
+            features = model.encode_rows(rows, task.max_length)
+            kept[key] = EncodedData(features, rows.labels, [model.length(item) for item in features])
             while len(kept) > 2 * _SESSIONS:
                 kept.popitem(last=False)
         return kept[key]

@@ -12,7 +12,7 @@ An evaluation adds, where it is asked to, whether a generated answer matched and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -49,7 +49,7 @@ class AnswerModel(TaskModel):
         """What a generation starts from, as keyword arguments of `generate`."""
         raise NotImplementedError
 
-    def encode_rows(self, rows: Sequence[Dialogue], max_length: int) -> list[Encoded]:
+    def encode_rows(self, rows: Iterable[Dialogue], max_length: int) -> list[Encoded]:
         """Ids of each example, of each of its options where the task chooses, and the answer as text."""
         most = min(max_length, self.max_positions)
         encoded = []

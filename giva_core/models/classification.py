@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -96,8 +96,9 @@ class MeanPoolingClassifier(PreTrainedModel):
 class SequenceClassifier(TaskModel):
     """A model that reads a text, or two, and answers with C logits, or one number."""
 
-    def encode_rows(self, rows: Sequence[TextRow], max_length: int) -> list[Encoded]:
+    def encode_rows(self, rows: Iterable[TextRow], max_length: int) -> list[Encoded]:
         """As `encode`; second texts go in where the rows have them."""
+        rows = list(rows)
         pairs = [row.pair for row in rows if row.pair is not None]
         return self.encode([row.text for row in rows], pairs or None, max_length)
 

@@ -7,7 +7,7 @@ are resized once, when they are read, and kept as bytes: 150 KB each at 224 × 2
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,8 +32,8 @@ from .task import Batch, Encoded, TaskModel
 class ImageClassifier(TaskModel):
     """A model that looks at an image and answers with C logits; an example is `pixels`, bytes `(3, height, width)`."""
 
-    def encode_rows(self, rows: Sequence[ImageRow], max_length: int) -> list[Encoded]:
-        """Each image in the model's size; `max_length` does not count."""
+    def encode_rows(self, rows: Iterable[ImageRow], max_length: int) -> list[Encoded]:
+        """Each image in the model's size, before the next is taken; `max_length` does not count."""
         encoded, faults = [], 0
         for row in rows:
             try:
@@ -43,7 +43,7 @@ class ImageClassifier(TaskModel):
         if faults:
             raise DataError(
                 "there are images that cannot be read",
-                got=f"{faults} of {len(rows)}",
+                got=f"{faults} of {faults + len(encoded)}",
                 cause="damaged files, or of a format that Pillow does not know",
                 remedy="correct or remove them",
                 public="unusable rows (image unreadable)",

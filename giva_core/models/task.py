@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,11 +56,11 @@ class TaskModel:
 
     # -- what a kind says for itself ----------------------------------------------------------------------------------
 
-    def encode_rows(self, rows: Sequence[Any], max_length: int) -> list[Encoded]:
+    def encode_rows(self, rows: Iterable[Any], max_length: int) -> list[Encoded]:
         """Each example as numbers, without padding.
 
         Args:
-            rows: n examples of the kind's type in `giva_core.rows`.
+            rows: n examples of the kind's type in `giva_core.rows`, gone through once.
             max_length: Tokens at most, where the kind has a choice.
         """
         raise NotImplementedError

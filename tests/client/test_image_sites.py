@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +13,13 @@ from image_models import VISION, picture, write_pictures, write_vision
 
 from client.alone import site_at, train_alone
 from client.data import read_rows
+from client.file_formats import FoundRow, open_rows
 from client.policy import Policy, PolicyError
 from client.site import SiteSettings
 from client.trainer import LocalTrainer, _state_of
 from giva_core.config import DataConfig, RunConfig, TaskConfig
 from giva_core.errors import DataError, public_reason
+from giva_core.models.pixels import PixelReader
 from giva_core.rows import ImageRow
 from server.run_store import RunStore
 from server.simulate import simulate
@@ -82,6 +86,39 @@ def test_folders_and_parquet_hold_the_same(tmp_path: Path) -> None:
     for path in (plain, nested):
         found = read_rows(path, TASK, DataConfig())
         assert found.rows == examples.rows and found.labels.tolist() == examples.labels.tolist()
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+def test_each_image_is_resized_before_the_next_is_read(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    place = folder / "site-1"
+    config = looking(write_vision(tmp_path / "model"), folder, data__eval_file="")
+    if form == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        rows = [(file.read_bytes(), file.parent.name) for file in sorted((place / "train").glob("*/*.png"))]
+        images, labels = zip(*rows, strict=True)
+        place, config = tmp_path / "site", config.replace(data__train_file="rows.parquet")
+        place.mkdir()
+        parquet.write_table(pyarrow.table({"image": images, "label": labels}), place / "rows.parquet")
+    done: list[str] = []
+
+    def reading(*arguments: Any) -> Iterator[FoundRow]:
+        for found in open_rows(*arguments):
+            done.append("read")
+            yield found
+
+    def resizing(self: PixelReader, data: bytes) -> np.ndarray:
+        done.append("resized")
+        return resize(self, data)
+
+    resize = PixelReader.read
+    monkeypatch.setattr("client.data.open_rows", reading)
+    monkeypatch.setattr(PixelReader, "read", resizing)
+    LocalTrainer(site_at(place, config), config)
+    assert done == ["read", "resized"] * 20
 
 
 def test_what_is_wrong_with_images_is_told_without_them(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_export import logits_of, make_config, random_bases, trained_adapter, write_model
+from test_export import logits_of, make_config, trained_adapter, write_model
+from toy_modules import make_bases
 
 from giva_core import bank_files, inject
 from giva_core.adapter_bank import AdapterBank
@@ -213,7 +214,7 @@ def test_tasks_on_other_bases_may_lie_beside_but_not_be_opened_together(config, 
     filled(config, tmp_path)
     task = load_task_model(config)
     layers, ranks = inject.layer_shapes(task.model, config.giva, exclude=task.head_modules)
-    bases = random_bases(layers, ranks, np.random.default_rng(77))
+    bases = make_bases(layers, ranks, np.random.default_rng(77))
     arrays = {
         k: v for k, v in load_adapter(tmp_path / "heart").arrays.items() if not k.startswith(("classifier", "bert.p"))
     }
@@ -295,7 +296,7 @@ def test_bases_under_the_name_of_others_are_refused(config, tmp_path):
     adapter = load_adapter(tmp_path / "heart")
     layers, ranks = inject.layer_shapes(load_task_model(config).model, config.giva, exclude=("classifier",))
     home = tmp_path / "bank" / "bases" / adapter.metadata.bases_digest
-    save_bases(home, random_bases(layers, ranks, np.random.default_rng(77)))
+    save_bases(home, make_bases(layers, ranks, np.random.default_rng(77)))
     with pytest.raises(CheckpointError, match="other bases than its name tells"):
         bank_files.add_task(tmp_path / "bank", tmp_path / "heart", "heart")
     assert not (tmp_path / "bank" / "tasks").exists()

@@ -7,16 +7,15 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from toy_modules import make_bases
 
 from giva_core import inject
-from giva_core.bases import bases_digest
 from giva_core.checkpoint import load_adapter, save_adapter
 from giva_core.config import GivaConfig, ModelConfig, RunConfig, TaskConfig
 from giva_core.errors import CheckpointError, TargetError
 from giva_core.export import apply_adapter, merge_to_folder
 from giva_core.methods.lora import put_in
 from giva_core.models import load_task_model
-from giva_core.types import Bases, BasesSet
 
 TEXTS = ["a b c", "d e a a b c d e a"]
 
@@ -45,17 +44,6 @@ def make_config(folder, head="mean", method="giva", dtype="float32"):
     )
 
 
-def random_bases(layers, ranks, rng):
-    made = {
-        layer.name: Bases(
-            np.linalg.qr(rng.normal(size=(layer.d_in, r)))[0].T.astype(np.float32),
-            np.linalg.qr(rng.normal(size=(layer.d_out, r)))[0].astype(np.float32),
-        )
-        for layer, r in zip(layers, ranks, strict=True)
-    }
-    return BasesSet(made, "rand", bases_digest(made, "rand"))
-
-
 def trained_adapter(folder, config, *, residual=False):
     """Save an adapter whose every number differs from its start; return the adapted model."""
     rng = np.random.default_rng(0)
@@ -66,7 +54,7 @@ def trained_adapter(folder, config, *, residual=False):
     bases, vectors, kept = None, {}, {}
     names = inject.module_state_names(task.model, heads)
     if config.method == "giva":
-        bases = random_bases(layers, ranks, rng)
+        bases = make_bases(layers, ranks, rng)
         inject.inject(task.model, bases, trainable=heads)
         vectors = {
             k: (v + rng.normal(size=v.shape)).astype(np.float32) for k, v in inject.read_vectors(task.model).items()

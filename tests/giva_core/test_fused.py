@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy_modules import Conv1D
+from toy_modules import D_IN, D_OUT, R, make_layer
 
 from giva_core.fused import adapted_linear, is_fused_cheaper
 from giva_core.layer import GivaLinear
 
-D_OUT, D_IN, R = 7, 11, 3
 #: Both passes fold; only the backward pass fuses; both fuse.
 FEW, SOME, MANY = 4, 9, 40
-
-
-def make_layer(
-    kind: str = "linear",
-    dtype: torch.dtype = torch.float32,
-    *,
-    residual: bool = False,
-    bias: bool = True,
-    dropout: float = 0.0,
-    layer_class: type[GivaLinear] = GivaLinear,
-) -> GivaLinear:
-    torch.manual_seed(0)
-    rng = np.random.default_rng(1)
-    base = nn.Linear(D_IN, D_OUT, bias=bias) if kind == "linear" else Conv1D(D_OUT, D_IN)
-    A = np.linalg.qr(rng.normal(size=(D_IN, R)))[0].T.astype(np.float32)
-    B = np.linalg.qr(rng.normal(size=(D_OUT, R)))[0].astype(np.float32)
-    layer = layer_class(base.to(dtype).requires_grad_(False), A, B, dropout)
-    with torch.no_grad():
-        layer.lambda_o.copy_(torch.tensor(rng.normal(size=D_OUT)))
-        layer.lambda_s.copy_(torch.tensor(rng.normal(size=R)))
-    if residual:
-        layer.residual = torch.tensor(rng.normal(size=(D_OUT, R)), dtype=torch.float32)
-    return layer
 
 
 def plain_forward(layer: GivaLinear, x: Tensor) -> Tensor:

@@ -9,35 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from toy_modules import Conv1D
+from toy_modules import D_IN, D_OUT, R, make_base, make_layer
 
 from giva_core.errors import BasesError, NumericsError, TargetError
 from giva_core.layer import GivaLinear, is_adaptable, linear_shape, unwrap
 from giva_core.types import LayerShape
 
-D_OUT, D_IN, R, TOKENS = 7, 11, 3, 5
-
-
-def make_base(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    base = nn.Linear(D_IN, D_OUT) if kind == "linear" else Conv1D(D_OUT, D_IN)
-    return base.to(dtype).requires_grad_(False)
-
-
-def make_layer(
-    kind: str = "linear", dtype: torch.dtype = torch.float32, residual: bool = False, dropout: float = 0.0
-) -> GivaLinear:
-    """A layer whose vectors are away from their start, so that a failure shows."""
-    rng = np.random.default_rng(1)
-    A = np.linalg.qr(rng.normal(size=(D_IN, R)))[0].T.astype(np.float32)
-    B = np.linalg.qr(rng.normal(size=(D_OUT, R)))[0].astype(np.float32)
-    layer = GivaLinear(make_base(kind, dtype), A, B, dropout)
-    with torch.no_grad():
-        layer.lambda_o.copy_(torch.tensor(rng.normal(size=D_OUT)))
-        layer.lambda_s.copy_(torch.tensor(rng.normal(size=R)))
-    if residual:
-        layer.residual = torch.tensor(rng.normal(size=(D_OUT, R)), dtype=torch.float32)
-    return layer
+TOKENS = 5
 
 
 def written_out_delta(layer: GivaLinear) -> Tensor:

@@ -7,6 +7,7 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +62,20 @@ def job(runs: ModuleType, folder: Path, toy_config: RunConfig, tmp_path: Path):
     return make
 
 
+def kill(runs: ModuleType, job: Any) -> None:
+    """Begin a run that dies when it tells of its first training round."""
+
+    class Killed(BaseException):
+        pass
+
+    def stop(record: RoundRecord, config: RunConfig) -> str:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(runs, "describe", stop)
+        runs.outcome(job)
+
+
 def state(run_id: str) -> dict[str, np.ndarray]:
     return RunStore(default_root()).last_state(run_id).arrays
 
@@ -104,16 +119,8 @@ def test_a_finished_run_and_its_outcome_are_found_and_a_killed_one_is_resumed(ru
         patched.setattr(runs, "evaluate", lambda *args: pytest.fail("judged again"))
         assert runs.outcome(job()) == first
 
-    class Killed(BaseException):
-        pass
-
-    def stop(record: RoundRecord, config: RunConfig) -> str:
-        raise Killed
-
     store, wanted = RunStore(default_root()), job(settings={"giva.rank": 3})
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(runs, "describe", stop)
-        runs.outcome(wanted)
+    kill(runs, wanted)
     stopped = store.run("last").run_id
     assert runs.outcome(wanted).run_id == stopped and store.run(stopped).status == "completed"
 
@@ -161,19 +168,10 @@ def test_the_centre_is_one_site_with_everybodys_rows(runs, job):
     assert dataclasses.asdict(made)["row"] == "giva-central"
 
 
-def test_a_resumed_run_costs_what_a_whole_one_does(runs, job, monkeypatch):
+def test_a_resumed_run_costs_what_a_whole_one_does(runs, job):
     whole = runs.outcome(job())
-
-    class Killed(BaseException):
-        pass
-
-    def stop(record: RoundRecord, config: RunConfig) -> str:
-        raise Killed
-
     store, wanted = RunStore(default_root()), job("again")
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(runs, "describe", stop)
-        runs.outcome(wanted)
+    kill(runs, wanted)
     resumed = runs.outcome(wanted)
     assert len(store.rounds(resumed.run_id, "hello")) == 2
     assert resumed.total_bytes == pytest.approx(whole.total_bytes, rel=0.01)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from stored_runs import killed_run, same_bytes, state_of
 
 from client.backbone import get_backbone
 from giva_core import checkpoint
@@ -18,7 +20,6 @@ from giva_core.inject import layer_shapes
 from giva_core.lora_export import lora_matrices
 from giva_core.model_card import SOURCES
 from giva_core.models import load_task_model
-from giva_core.types import Arrays, RoundRecord
 from server.run_store import RunStore
 from server.simulate import resume, simulate
 
@@ -80,16 +81,6 @@ def numbers_up(case: str, server_round: int) -> int:
     return sum(per_layer[method](o, i) for o, i in SHAPES)
 
 
-def state_of(store: RunStore, run_id: str) -> Arrays:
-    stored = store.last_state(run_id)
-    assert stored is not None
-    return {**stored.arrays, **stored.extra}
-
-
-def same_bytes(first: Arrays, second: Arrays) -> bool:
-    return first.keys() == second.keys() and all(first[name].tobytes() == second[name].tobytes() for name in first)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_method_trains_sends_what_it_says_and_resumes_to_the_same_bytes(
     case: str, toy_config: RunConfig, two_sites: Path, store: RunStore, tmp_path: Path
@@ -110,16 +101,7 @@ def test_a_method_trains_sends_what_it_says_and_resumes_to_the_same_bytes(
     adapter = [name for name in state if not name.startswith("classifier.") and not name.startswith("strategy:")]
     assert any(np.abs(state[name] - head.get(name, 0.0)).max() > 1e-4 for name in adapter) == (case != "head")
 
-    class Killed(BaseException):
-        pass
-
-    def stop_after_the_first(record: RoundRecord) -> None:
-        if record.phase == "train":
-            raise Killed
-
-    with pytest.raises(Killed):
-        simulate(config, store, stop_after_the_first)
-    stopped = store.run("last").run_id
+    stopped = killed_run(config, store, lambda record: record.phase == "train")
     assert stopped != run_id
     resume(stopped, store)
     assert same_bytes(state_of(store, stopped), state)
@@ -144,16 +126,18 @@ def assert_it_is_a_lora_where_it_can_be(case: str, config: RunConfig, adapter: P
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_benchmark_counts_what_a_site_trains(case: str, toy_config: RunConfig, two_sites: Path) -> None:
-    from benchmarks.wire import Shapes, schema_of
-
+def test_the_benchmark_counts_what_a_site_trains(
+    case: str, toy_config: RunConfig, two_sites: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    wire = importlib.import_module("wire")
     config = config_of(case, toy_config, two_sites)
     task = load_task_model(config)
     layers, _ = layer_shapes(task.model, config.giva, exclude=task.head_modules)
     named = {name: tuple(parameter.shape) for name, parameter in task.model.named_parameters()}
     head = {name: shape for name, shape in named.items() if name.startswith("classifier.")}
     weights = {name: shape for name, shape in named.items() if name not in head}
-    counted, found = schema_of(config, Shapes(layers, head, weights)), get_backbone(config, "cpu").schema
+    counted, found = wire.schema_of(config, wire.Shapes(layers, head, weights)), get_backbone(config, "cpu").schema
     assert dict(counted.state) == dict(found.state)
     assert counted.vector_shapes() == found.vector_shapes()
     assert set(counted.adapter) == set(found.adapter)

@@ -6,19 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stored_runs import killed_run, same_bytes, state_of
 
 from giva_core.config import RunConfig
-from giva_core.types import Arrays, RoundRecord
+from giva_core.types import RoundRecord
 from server.run_store import RunStore
 from server.simulate import resume, simulate
 
 ENVELOPE = 3000
-
-
-def state_of(store: RunStore, run_id: str) -> Arrays:
-    stored = store.last_state(run_id)
-    assert stored is not None
-    return {**stored.arrays, **stored.extra}
 
 
 @pytest.mark.parametrize(("precision", "size"), [("float16", 2), ("int8", 1)])
@@ -43,37 +38,19 @@ def test_fewer_bytes_nearly_the_same_result_and_a_resume_to_the_same_bytes(
         if method == "giva":
             assert size * numbers <= site.bytes_up <= size * numbers + 4 * len(wanted) + ENVELOPE
 
-    class Killed(BaseException):
-        pass
+    def is_the_second(record: RoundRecord) -> bool:
+        return (record.phase, record.round) == ("train", 2) and record.eval_loss is None
 
-    def stop_after_the_second(record: RoundRecord) -> None:
-        if (record.phase, record.round) == ("train", 2) and record.eval_loss is None:
-            raise Killed
-
-    with pytest.raises(Killed):
-        simulate(config, store, stop_after_the_second)
-    stopped = store.run("last").run_id
+    stopped = killed_run(config, store, is_the_second)
     resume(stopped, store)
-    again = state_of(store, stopped)
-    assert again.keys() == state.keys()
-    assert all(again[name].tobytes() == state[name].tobytes() for name in state)
+    assert same_bytes(state_of(store, stopped), state)
 
 
 def test_an_emptied_cache_loses_a_rounding_error_and_no_run(
     toy_config: RunConfig, store: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = toy_config.replace(wire__precision="int8")
-
-    class Killed(BaseException):
-        pass
-
-    def stop(record: RoundRecord) -> None:
-        if record.phase == "train":
-            raise Killed
-
-    with pytest.raises(Killed):
-        simulate(config, store, stop)
-    stopped = store.run("last").run_id
+    stopped = killed_run(config, store, lambda record: record.phase == "train")
     monkeypatch.setenv("GIVA_HOME", str(tmp_path / "empty"))
     resume(stopped, store)
     assert store.run(stopped).status == "completed"

@@ -8,20 +8,14 @@ from typing import Any
 
 import pytest
 from flwr.app import Message
+from stored_runs import run_killed_before, state_of
 
 from giva_core.config import RunConfig
-from giva_core.types import Arrays, RoundRecord
 from server import agreement, rounds
 from server.local_grid import LocalGrid
 from server.run_store import RunStore
 from server.simulate import resume, simulate
 from server.sketch_shelf import SketchShelf
-
-
-def state_of(store: RunStore, run_id: str) -> Arrays:
-    stored = store.last_state(run_id)
-    assert stored is not None
-    return stored.arrays
 
 
 @pytest.fixture
@@ -68,10 +62,6 @@ def test_what_needs_every_update_keeps_them(
 # -- calibration ------------------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """What no code catches."""
-
-
 def files_of(store: RunStore, run_id: str) -> list[Path]:
     return sorted(store.run_folder(run_id).iterdir())
 
@@ -82,25 +72,16 @@ def test_sketches_in_a_file_give_the_same_bases_in_any_order_and_after_a_kill(
     config = toy_config.replace(rounds__num_rounds=1, rounds__head_rounds=1, giva__init="topsv", giva__rank=3)
     kept = simulate(config, store)
     written: list[int] = []
-    close, record = SketchShelf.__exit__, RunStore.record
+    close = SketchShelf.__exit__
 
     def noting(self: SketchShelf, *error: Any) -> None:
         written.append(self.written_bytes)
         close(self, *error)
 
-    def dying(self: RunStore, run_id: str, what: RoundRecord, *state: Any) -> None:
-        if (what.phase, what.round) == ("calibrate", 3):
-            raise Killed
-        record(self, run_id, what, *state)
-
     monkeypatch.setattr(SketchShelf, "__exit__", noting)
     monkeypatch.setattr(agreement, "KEPT_SKETCH_BYTES", 1)
     last_first()
-    monkeypatch.setattr(RunStore, "record", dying)
-    with pytest.raises(Killed):
-        simulate(config, store)
-    monkeypatch.setattr(RunStore, "record", record)
-    killed = store.run("last").run_id
+    killed = run_killed_before(config, store, "calibrate", 3)
     assert [file.name for file in files_of(store, killed)] == ["head-0001.safetensors", "lock"]
     resume(killed, store)
     assert len(written) == 3 + 4 and min(written) > 0

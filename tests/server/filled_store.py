@@ -1,4 +1,4 @@
-"""A store with two realistic runs, for the tests of the commands."""
+"""What run stores are filled with in tests: records, states, two realistic runs."""
 
 from __future__ import annotations
 
@@ -82,3 +82,15 @@ def fill(root: Path) -> tuple[RunStore, str, str]:
         store.record(second, train_record(number, offset=0.08))
     store.set_status(second, "failed", "quorum: 1 of 2 updates")
     return store, first, second
+
+
+def state(value: float) -> dict[str, np.ndarray]:
+    """A state whose numbers are all `value`."""
+    return {"layer.lambda_o": np.full((4, 3), value, np.float32)}
+
+
+def stored_value(store: RunStore, run_id: str) -> float:
+    """The `value` of the run's last state."""
+    found = store.last_state(run_id)
+    assert found is not None
+    return float(found.arrays["layer.lambda_o"][0, 0])
