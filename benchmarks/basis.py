@@ -17,7 +17,7 @@ import json
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,7 @@ class Case:
         central: Whether all rows lie at one place.
         scale: Factor of the rates; orthonormal columns of B have rows of norm √(r / d_out), and a rate acts on their
             product.
+        rates: Grids in the place of `VARIANTS`'.
     """
 
     label: str
@@ -70,17 +71,20 @@ class Case:
     settings: Mapping[str, Any]
     central: bool = True
     scale: float = 1.0
+    rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def _ranked(rank: int, scale: float) -> Case:
     return Case(f"r = {rank}", SMALL, {"giva.rank": rank}, scale=scale)
 
 
+#: The few steps of the language model ask for more than the encoder's rates.
+ANSWERS_RATES = {"gradient": (0.05, 0.1, 0.2, 0.4), "random": (0.1, 0.2, 0.4, 0.8)}
 STUDIES: dict[str, tuple[Case, ...]] = {
     "rank": (_ranked(1, 3.0), _ranked(8, 1.0), _ranked(64, 0.4)),
     "data": tuple(Case(f"{n} questions", replace(MEDICAL, examples=n), {}) for n in (300, 3000)),
     "head": (Case("no head rounds", SMALL, {"rounds.head-rounds": 0}),),
-    "answers": (Case("answers", ANSWERS, {}, central=False),),
+    "answers": (Case("answers", ANSWERS, {}, central=False, rates=ANSWERS_RATES),),
 }
 
 
@@ -101,7 +105,7 @@ def jobs_of(case: Case, variants: Iterable[str], seed: int) -> list[Job]:
     jobs = []
     for variant in variants:
         settings, rates = VARIANTS[variant]
-        for rate in rates:
+        for rate in case.rates.get(variant, rates):
             flat = {**case.settings, **settings, "train.learning-rate": round(rate * case.scale, 4)}
             jobs.append(Job(f"basis-{variant}", case.dataset, seed, flat, case.central))
     return jobs
