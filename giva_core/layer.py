@@ -227,8 +227,9 @@ def is_plain_linear(module: nn.Module) -> bool:
 def is_adaptable(module: nn.Module) -> bool:
     """Whether `module` (or what it wraps) is a linear layer that can be adapted.
 
-    Not so: subclasses with a forward of their own (quantised or masked layers), and the output projection inside
-    `nn.MultiheadAttention`, whose weight is used without a call of the layer.
+    Not so: subclasses with a forward of their own (quantised or masked layers), layers whose weight is no parameter
+    (weight normalisation), and the output projection inside `nn.MultiheadAttention`, whose weight is used without a
+    call of the layer.
     """
     module = unwrap(module)
     if not is_conv1d(module) and (
@@ -237,8 +238,8 @@ def is_adaptable(module: nn.Module) -> bool:
         or type(module).forward is not nn.Linear.forward
     ):
         return False
-    weight = module.weight
-    return isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point()
+    weight = module._parameters.get("weight")  # a parametrised one is computed anew from others: nothing can be merged
+    return weight is not None and weight.ndim == 2 and weight.is_floating_point()
 
 
 def linear_shape(module: nn.Module, name: str) -> LayerShape:

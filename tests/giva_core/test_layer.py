@@ -236,6 +236,7 @@ def test_layers_that_cannot_be_adapted() -> None:
 
     assert not is_adaptable(Masked(D_IN, D_OUT))
     assert not is_adaptable(nn.MultiheadAttention(D_IN, 1).out_proj)
+    assert not is_adaptable(nn.utils.parametrizations.weight_norm(nn.Linear(D_IN, D_OUT)))
     assert not is_adaptable(nn.Conv1d(D_IN, D_OUT, 1))
     with pytest.raises(TargetError, match=r"'x\.norm'.*LayerNorm"):
         linear_shape(nn.LayerNorm(D_IN), "x.norm")
