@@ -20,25 +20,30 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+#: `lambda_o (d_out,)`, `lambda_s (r,)`, `B (d_out, r)`, and `R (d_out, r)` or None.
+Vectors = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
 
 def adapted_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     A: Tensor,
-    vectors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    vectors: Vectors,
     *,
     is_transposed: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`x (W + M A)ᵀ + b` with gradients for x and the vectors, computed in the type of A.
+    """`x (W + M A)ᵀ + b` with gradients for x and the vectors.
 
     Args:
         x: `(..., d_in)`.
         weight: W, frozen, `(d_out, d_in)`.
         bias: b, frozen, `(d_out,)` or None.
         A: `(r, d_in)`.
-        vectors: `lambda_o (d_out,)`, `lambda_s (r,)`, `B (d_out, r)` and `R (d_out, r)` or None, all float32.
+        vectors: lambda_o, lambda_s, B and R, float32.
         is_transposed: W is stored as `(d_in, d_out)`.
+        dtype: Type of the products and of y; that of A without.
 
     Returns:
         y `(..., d_out)`.
@@ -46,7 +51,7 @@ def adapted_linear(
     lambda_o, lambda_s, *_ = vectors
     trains = torch.is_grad_enabled() and (lambda_o.requires_grad or lambda_s.requires_grad)
     rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = _AdaptedLinear.apply(rows, weight, bias, A, *vectors, is_transposed, trains)
+    y: Tensor = _AdaptedLinear.apply(rows, weight, bias, A, *vectors, is_transposed, trains, dtype or A.dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -82,17 +87,17 @@ class _AdaptedLinear(torch.autograd.Function):
         residual: Tensor | None,
         is_transposed: bool,
         trains: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
         with _no_autocast(x.device.type):
-            dtype = A.dtype
             rows = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
             d_out, d_in = B.shape[0], A.shape[1]
             fuse = is_fused_cheaper(len(rows), d_in, d_out, needs_inner=trains)
             M = coefficients(lambda_o, lambda_s, B, residual)
-            h = A @ rows.T if trains or not fuse else None  # (r, tokens): a third faster on a CPU than its transpose
+            h = A.to(dtype) @ rows.T if trains or not fuse else None  # (r, tokens): a third faster on a CPU than its transpose
             if h is None or fuse:
-                y = F.linear(rows, _adapted_weight(weight, M, A, is_transposed), bias)
+                y = F.linear(rows, _adapted_weight(weight, M, A, dtype, is_transposed), bias)
             else:
                 W = weight.to(dtype)
                 y = F.linear(rows, W.T if is_transposed else W, bias).addmm_(h.T, M.to(dtype).T)
@@ -111,28 +116,28 @@ class _AdaptedLinear(torch.autograd.Function):
             if x_needs:
                 M = coefficients(lambda_o, lambda_s, B, residual)
                 if is_fused_cheaper(len(delta), d_in, d_out):
-                    W = _adapted_weight(weight, M, A, ctx.is_transposed)
+                    W = _adapted_weight(weight, M, A, delta.dtype, ctx.is_transposed)
                     grad_x = delta @ W
                 else:
                     W = weight.to(delta.dtype)
                     grad_x = delta @ (W.T if ctx.is_transposed else W)
-                    grad_x.addmm_(delta @ M.to(delta.dtype), A)
+                    grad_x.addmm_(delta @ M.to(delta.dtype), A.to(delta.dtype))
                 grad_x = grad_x.to(ctx.x_dtype)
             if o_needs or s_needs:
                 C = (h @ delta).T.to(B.dtype) * B  # the gradient of lambda_o lambda_sᵀ
-                grad_o = C @ lambda_s if o_needs else None
-                grad_s = C.T @ lambda_o if s_needs else None
-        return grad_x, None, None, None, grad_o, grad_s, *(None,) * 4
+                grad_o = C @ lambda_s.to(C.dtype) if o_needs else None
+                grad_s = C.T @ lambda_o.to(C.dtype) if s_needs else None
+        return grad_x, None, None, None, grad_o, grad_s, *(None,) * 5
 
 
-def _adapted_weight(weight: Tensor, M: Tensor, A: Tensor, is_transposed: bool) -> Tensor:
-    """`W + M A (d_out, d_in)` in the type of A; the sum is float32, or of W's type where that is A's.
+def _adapted_weight(weight: Tensor, M: Tensor, A: Tensor, to: torch.dtype, is_transposed: bool) -> Tensor:
+    """`W + M A (d_out, d_in)` in the type `to`; the sum is float32, or of W's type where that is `to`.
 
     A product of half-precision matrices is accumulated, W included, in float32 and rounded once.
     """
     W = weight.T if is_transposed else weight
-    dtype = torch.promote_types(W.dtype, A.dtype)
-    return torch.addmm(W.to(dtype), M.to(dtype), A.to(dtype)).to(A.dtype)
+    dtype = torch.promote_types(W.dtype, to)
+    return torch.addmm(W.to(dtype), M.to(dtype), A.to(dtype)).to(to)
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .errors import BasesError, NumericsError, TargetError
-from .fused import adapted_linear, coefficients
+from .fused import Vectors, adapted_linear, coefficients
 from .types import LayerShape
 
 
@@ -74,7 +74,6 @@ class GivaLinear(nn.Module):
         self._start()
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.enabled = True
-        self._A_cast: Tensor | None = None
         self._unmerged_weight: Tensor | None = None
         self.train(base_layer.training)
 
@@ -120,14 +119,11 @@ class GivaLinear(nn.Module):
         """`base(x) + (dropout(x) Aᵀ) Mᵀ`; `base(x)` alone where merged or not enabled."""
         if self.merged or not self.enabled:
             return self.base_layer(input)
-        autocast = _autocast_dtype(input)
-        dtype = autocast or input.dtype
-        if self._is_one_product(input, autocast is not None):
-            vectors = self.lambda_o, self.lambda_s, self.B, self.residual
-            A, is_transposed = self._cast_A(dtype), is_conv1d(self.base_layer)
-            return adapted_linear(input, self.weight, self.bias, A, vectors, is_transposed=is_transposed)
+        if type(self).coefficients is GivaLinear.coefficients and is_one_product(self.base_layer, self.dropout, input):
+            return one_product(self.base_layer, input, self.A, (self.lambda_o, self.lambda_s, self.B, self.residual))
+        dtype = product_dtype(input)
         y = self.base_layer(input)
-        h = F.linear(self.dropout(input), self._cast_A(dtype))  # (..., r)
+        h = F.linear(self.dropout(input), self.A.to(dtype))  # (..., r)
         return y + F.linear(h, self.coefficients().to(dtype))
 
     def coefficients(self) -> Tensor:
@@ -167,30 +163,6 @@ class GivaLinear(nn.Module):
         """Shapes, for `print(model)`."""
         return f"d_out={self.out_features}, d_in={self.in_features}, r={self.rank}"
 
-    def _is_one_product(self, x: Tensor, is_autocast: bool) -> bool:
-        """Whether base layer and adapter may be computed as one: the base is frozen and plain, nothing is dropped.
-
-        Otherwise the base layer is called as the module that it is. The function of `fused` has no second derivative
-        and no rule for `torch.func`; where that is at work, PyTorch's own products are used.
-        """
-        base = self.base_layer
-        return (
-            type(self).coefficients is GivaLinear.coefficients
-            and is_plain_linear(base)
-            and (is_autocast or x.dtype == self.weight.dtype)
-            and not any(parameter is not None and parameter.requires_grad for parameter in (self.weight, self.bias))
-            and not (isinstance(self.dropout, nn.Dropout) and self.dropout.training)
-            and not torch._C._are_functorch_transforms_active()
-        )
-
-    def _cast_A(self, dtype: torch.dtype) -> Tensor:
-        """A in the type of the products, cast once."""
-        if dtype == self.A.dtype:
-            return self.A
-        if self._A_cast is None or self._A_cast.dtype != dtype or self._A_cast.device != self.A.device:
-            self._A_cast = self.A.to(dtype)
-        return self._A_cast
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the model, but stay float32: `model.bfloat16()` casts the base layer alone."""
 
@@ -198,7 +170,6 @@ class GivaLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self._A_cast = None
         if recurse:
             self.base_layer._apply(fn)
         return super()._apply(keep_type, recurse=False)
@@ -286,8 +257,38 @@ def check_bases(shape: LayerShape, A: np.ndarray, B: np.ndarray) -> None:
             raise BasesError(f"{letter} of '{shape.name}' has entries that are not finite", cause="a damaged file")
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+# -- base layer and adapter together ----------------------------------------------------------------------------------
+
+
+def is_one_product(base: nn.Module, dropout: nn.Module, x: Tensor) -> bool:
+    """Whether base layer and adapter may be computed as one: the base is frozen and plain, nothing is dropped.
+
+    Otherwise the base layer is called as the module that it is. The function of `fused` has no rule for `torch.func`,
+    under which PyTorch's own products are used, and no second derivative: asking for one is an error.
+    """
+    return (
+        is_plain_linear(base)
+        and (_is_autocast(x) or x.dtype == base.weight.dtype)
+        and not any(parameter.requires_grad for parameter in base.parameters(recurse=False))
+        and not (isinstance(dropout, nn.Dropout) and dropout.training)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def one_product(base: nn.Module, x: Tensor, A: Tensor, vectors: Vectors) -> Tensor:
+    """`x (W + M A)ᵀ + b` of a base layer that `is_one_product`; see `fused.adapted_linear`."""
+    weight: Any = base.weight
+    bias: Any = base.bias
+    return adapted_linear(x, weight, bias, A, vectors, is_transposed=is_conv1d(base), dtype=product_dtype(x))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type that products with x are computed in: autocast's, or that of x."""
+    return torch.get_autocast_dtype(x.device.type) if _is_autocast(x) else x.dtype
+
+
+def _is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on; it leaves float64 alone."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return is_on and x.dtype != torch.float64

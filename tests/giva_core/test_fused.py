@@ -152,10 +152,11 @@ def test_autocast_is_near_float32_and_casts_gradients_back(dtype: torch.dtype, t
         assert (a - b).norm() <= 0.02 * b.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [FEW, MANY])
-def test_nothing_but_r_numbers_a_token_is_kept(tokens: int) -> None:
-    layer = make_layer()
-    x, _ = inputs(tokens)
+def test_nothing_but_r_numbers_a_token_is_kept(tokens: int, dtype: torch.dtype) -> None:
+    layer = make_layer(dtype=dtype)
+    x, _ = inputs(tokens, dtype)
     own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -211,6 +212,33 @@ def test_a_batch_without_tokens() -> None:
     layer(x).sum().backward()
     assert layer(x).shape == (2, 0, D_OUT)
     assert torch.equal(layer.lambda_o.grad, torch.zeros(D_OUT))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_it_trains_after_a_pass_in_inference_mode(tokens: int, dropout: float) -> None:
+    layer = make_layer(dtype=torch.bfloat16, dropout=dropout)
+    x, _ = inputs(tokens, torch.bfloat16)
+    with torch.inference_mode():
+        layer(x)
+    layer(x.requires_grad_()).sum().backward()
+    assert layer.lambda_o.grad.abs().min() > 0
+
+
+def test_bases_that_were_changed_in_place_count() -> None:
+    layer = make_layer(dtype=torch.bfloat16)
+    x, _ = inputs(MANY, torch.bfloat16)
+    layer(x)
+    layer.A.zero_()
+    torch.testing.assert_close(layer(x), layer.base_layer(x))
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    layer = make_layer(dtype=torch.float64)
+    x, _ = inputs(MANY, torch.float64)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), expected)
 
 
 # -- when the base layer is called as a module ------------------------------------------------------------------------
