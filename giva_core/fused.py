@@ -95,7 +95,8 @@ class _AdaptedLinear(torch.autograd.Function):
             d_out, d_in = B.shape[0], A.shape[1]
             fuse = is_fused_cheaper(len(rows), d_in, d_out, needs_inner=trains)
             M = coefficients(lambda_o, lambda_s, B, residual)
-            h = A.to(dtype) @ rows.T if trains or not fuse else None  # (r, tokens): a third faster on a CPU than its transpose
+            # (r, tokens): a third faster on a CPU than its transpose
+            h = A.to(dtype) @ rows.T if trains or not fuse else None
             if h is None or fuse:
                 y = F.linear(rows, _adapted_weight(weight, M, A, dtype, is_transposed), bias)
             else:

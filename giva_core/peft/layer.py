@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import BasesError, NumericsError, ProtocolError
-from ..layer import is_conv1d, linear_shape
+from ..fused import Vectors, coefficients
+from ..layer import is_conv1d, is_one_product, linear_shape, one_product, product_dtype
 from .config import GivaPeftConfig
 
 
@@ -87,7 +88,11 @@ class GivaLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def coefficients(self, adapter: str) -> Tensor:
-        """`M = (lambda_o lambda_sᵀ + R) ∘ B (d_out, r)`, so that ΔW = M A.
+        """`M = (lambda_o lambda_sᵀ + R) ∘ B (d_out, r)`, so that ΔW = M A; raises as `vectors`."""
+        return coefficients(*self.vectors(adapter))
+
+    def vectors(self, adapter: str) -> Vectors:
+        """lambda_o, lambda_s, B and R of an adapter.
 
         Raises:
             BasesError: The adapter waits for its weights.
@@ -98,10 +103,8 @@ class GivaLayer(BaseTunerLayer):
                 cause="settings of a saved adapter without its weights",
                 remedy="load it with PeftModel.from_pretrained, or give GivaPeftConfig its bases",
             )
-        lambda_o, lambda_s, B = self.giva_lambda_o[adapter], self.giva_lambda_s[adapter], self.giva_B[adapter]
-        if adapter not in self.giva_residual:
-            return lambda_o[:, None] * B * lambda_s
-        return (lambda_o[:, None] * lambda_s + self.giva_residual[adapter]) * B
+        residual = self.giva_residual[adapter] if adapter in self.giva_residual else None  # noqa: SIM401  (no dict)
+        return self.giva_lambda_o[adapter], self.giva_lambda_s[adapter], self.giva_B[adapter], residual
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -142,11 +145,13 @@ class Linear(nn.Module, GivaLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed(x, adapter_names, self.base_layer(x, *args, **kwargs))
+        active = [name for name in self.active_adapters if name in self.giva_lambda_o and not self.merged]
+        is_plain = len(active) == 1 and not args and not kwargs
+        if is_plain and is_one_product(self.base_layer, self.giva_dropout[active[0]], x):
+            return one_product(self.base_layer, x, self.giva_A[active[0]], self.vectors(active[0]))
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        if not self.merged:
-            for adapter in self.active_adapters:
-                if adapter in self.giva_lambda_o:
-                    y = y + self._delta(x, adapter).to(y.dtype)
+        for adapter in active:
+            y = y + self._delta(x, adapter).to(y.dtype)
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -172,8 +177,9 @@ class Linear(nn.Module, GivaLayer):
             self._add(-self.get_delta_weight(self.merged_adapters.pop()), safe=False)
 
     def _delta(self, x: Tensor, adapter: str) -> Tensor:
-        h = F.linear(self.giva_dropout[adapter](x), self.giva_A[adapter].to(x.dtype))
-        return F.linear(h, self.coefficients(adapter).to(h.dtype))
+        dtype = product_dtype(x)
+        h = F.linear(self.giva_dropout[adapter](x), self.giva_A[adapter].to(dtype))
+        return F.linear(h, self.coefficients(adapter).to(dtype))
 
     def _mixed(self, x: Tensor, names: Sequence[str], y: Tensor) -> Tensor:
         if len(names) != x.shape[0] or self.merged:

@@ -91,6 +91,56 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(checkpointed, plain)
 
 
+def gradients_of(model):
+    """Output, and the gradients of all vectors side by side, by whatever way the layers take."""
+    model.zero_grad()
+    found = model(input_ids=torch.arange(1, 25).view(4, 6))
+    found = found if isinstance(found, torch.Tensor) else found.last_hidden_state
+    target = torch.randn(found.shape, generator=torch.Generator().manual_seed(6))
+    (found.float() * target).sum().backward()
+    return found.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_adapter_and_its_base_layer_are_one_product(kind, residual, cast):
+    model, _ = adapted(kind)
+    if residual:
+        model.add_weighted_adapter(["default"], [0.5], "sum")
+        perturb(model, "sum", seed=2)
+        model.set_adapter("sum")
+    if cast:  # PEFT's containers cast the vectors too
+        model.bfloat16()
+    together = gradients_of(model)
+    for layer in layers_of(model):
+        layer.base_layer.register_forward_hook(lambda *_: None)  # a layer with a hook is called as a module
+    for found, expected in zip(together, gradients_of(model), strict=True):
+        assert found.dtype == expected.dtype
+        assert (found - expected).norm() <= (0.05 if cast else 1e-5) * expected.norm()
+
+
+def test_when_the_base_layer_is_called_as_a_module():
+    model, _ = adapted("mlp", giva_dropout=0.5)
+    layer = model.base_model.model.lin0
+    x = torch.randn(4, 11, requires_grad=True)
+
+    def is_one_product():
+        return layer(x).grad_fn.next_functions[0][0].name() == "_AdaptedLinearBackward"  # a view of it is returned
+
+    assert is_one_product()
+    model.train()
+    assert not is_one_product(), "dropout"
+    model.eval()
+    model.add_adapter("other", GivaPeftConfig(bases=bases_for(model_of("mlp"), KINDS["mlp"][1], seed=4)))
+    assert is_one_product()
+    model.base_model.set_adapter(["default", "other"])
+    assert not is_one_product(), "two adapters"
+    model.set_adapter("other")
+    layer.base_layer.weight.requires_grad_(True)
+    assert not is_one_product(), "a base that is trained"
+
+
 # -- types, settings, errors ------------------------------------------------------------------------------------------
 
 
