@@ -36,7 +36,7 @@ class GivaPeftConfig(PeftConfig):
             loads it has to have the bases: `PeftModel.from_pretrained(model, folder, bases=...)`, or an adapter with
             the same ones in the model already.
         bases: A `BasesSet`, or the folder of a `bases.safetensors`, which may be a whole adapter of this project. It
-            is not saved with the settings.
+            is not saved with the settings, and saved settings that name a folder are not followed.
         init: How B was made; read from the bases.
         seed: The seed that the bases came from; for the record.
         ranks: Rank by layer, where it is not `r`; read from the bases.
@@ -62,12 +62,28 @@ class GivaPeftConfig(PeftConfig):
     residual: bool = field(default=False, metadata={"help": "Frozen coefficients are added to lambda_o lambda_sᵀ."})
 
     def __post_init__(self) -> None:
+        is_saved = self.peft_type is not None  # whoever makes new settings does not name it
         super().__post_init__()
         self.peft_type = PeftType.GIVA
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.bases, (str, Path)):
-            self.bases = load_bases(self.bases)
+            # saved settings may be anybody's: they name no place on this machine to read from
+            self.bases = None if is_saved else load_bases(self.bases)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        subfolder: str | None = None,
+        bases: BasesSet | str | Path | None = None,
+        **kwargs: Any,
+    ) -> GivaPeftConfig:
+        """As PEFT's, with the bases of an adapter that was saved without them."""
+        config: GivaPeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if bases is not None:
+            config.bases = bases if isinstance(bases, BasesSet) else load_bases(bases)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The settings without the bases."""

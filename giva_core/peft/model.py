@@ -131,7 +131,14 @@ class GivaModel(BaseTuner):
                 cause="save_bases = false",
                 remedy="give them: PeftModel.from_pretrained(model, folder, bases=...), or load an adapter with them",
             )
-        r = config.rank_of(name)
+        r, most = config.rank_of(name), min(layer.in_features, layer.out_features)
+        if not 0 < r <= most:  # before so much memory is asked for
+            raise BasesError(
+                f"'{name}' cannot have the rank that the adapter's settings name",
+                got=r,
+                expected=f"1 to {most}",
+                cause="a damaged or foreign adapter_config.json",
+            )
         return torch.zeros(r, layer.in_features), torch.zeros(layer.out_features, r), True
 
     # -- mixed batches ------------------------------------------------------------------------------------------------
@@ -147,7 +154,7 @@ class GivaModel(BaseTuner):
             raise ConfigError("adapter_names is for inference", remedy="call model.eval(), or train one adapter")
         if unknown := set(names) - {*self.peft_config, _BASE_MODEL}:
             raise ConfigError(f"there is no adapter '{min(unknown)}'", expected=", ".join(self.peft_config))
-        hook = partial(_with_names, names=list(names))
+        hook = partial(_with_names, names=list(names), beams=kwargs.get("num_beams") or 1)
         layers = [m for m in self.modules() if isinstance(m, (GivaLayer, AuxiliaryTrainingWrapper))]
         handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
         try:
@@ -300,10 +307,11 @@ class GivaModel(BaseTuner):
 
 def _matrices(state_dict: dict[str, Tensor]) -> dict[str, Bases]:
     """The bases in a checkpoint, by layer name."""
-    names = [key.removesuffix(".giva_A") for key in state_dict if key.endswith(".giva_A")]
+    ends = [key.removesuffix(".giva_A") for key in state_dict if key.endswith(".giva_A")]
+    names = [name for name in ends if f"{name}.giva_B" in state_dict]
     return {
         name.removeprefix(_PREFIX): Bases(
-            state_dict[f"{name}.giva_A"].cpu().numpy(), state_dict[f"{name}.giva_B"].cpu().numpy()
+            state_dict[f"{name}.giva_A"].float().cpu().numpy(), state_dict[f"{name}.giva_B"].float().cpu().numpy()
         )
         for name in names
     }
@@ -321,6 +329,9 @@ def _same_digest(got: str, expected: str, what: str) -> None:
 
 
 def _with_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Collection[str]
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Collection[str], beams: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward pre-hook: beam search repeats every example, but not what an encoder reads."""
+    if args and args[0].shape[0] == beams * len(names):
+        names = [name for name in names for _ in range(beams)]
     return args, {**kwargs, "adapter_names": names}

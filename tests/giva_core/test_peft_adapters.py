@@ -234,3 +234,25 @@ def test_a_mixed_batch_takes_an_adapter_for_each_row(kind):
         model(input_ids=tokens, adapter_names=["other", "default"])
     with pytest.raises(ConfigError, match="inference"):
         model.train()(input_ids=tokens, adapter_names=["other"] * 4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_beam_search_repeats_the_adapter_of_each_example(kind):
+    torch.manual_seed(3)
+    if kind == "llama":
+        base, targets = transformers.LlamaForCausalLM(copy.deepcopy(KINDS["llama"][0])), KINDS["llama"][1]
+    else:
+        sizes = {"vocab_size": 29, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+        config = transformers.T5Config(**sizes, decoder_start_token_id=0)
+        base, targets = transformers.T5ForConditionalGeneration(config), ("q", "wo")
+    model = peft.get_peft_model(base, GivaPeftConfig(bases=bases_for(base, targets)))
+    perturb(model)
+    model.eval()
+    tokens = torch.randint(1, 29, (2, 5), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
+    mixed = model.generate(input_ids=tokens, adapter_names=["default", "__base__"], **options)
+    adapter = model.generate(input_ids=tokens, **options)
+    with model.disable_adapter():
+        plain = model.generate(input_ids=tokens, **options)
+    assert not torch.equal(adapter, plain)
+    assert torch.equal(mixed, torch.stack([adapter[0], plain[1]]))

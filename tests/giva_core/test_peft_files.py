@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from peft_models import (
     KINDS,
     adapted,
     bases_for,
+    close,
     far,
     loaded,
     model_of,
@@ -97,6 +99,45 @@ def test_a_changed_file_is_noticed(tmp_path):
     del tensors["base_model.giva_digest"]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(BasesError, match="does not tell the digest"):
+        loaded("mlp", tmp_path)
+
+
+def test_saved_settings_name_no_folder_to_read_from(tmp_path):
+    model, _ = adapted("mlp", save_bases=False)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    save_bases(tmp_path / "elsewhere", bases_for(model_of("mlp"), KINDS["mlp"][1]))
+    settings = json.loads(path.read_text()) | {"bases": str(tmp_path / "elsewhere")}
+    path.write_text(json.dumps(settings))
+    assert peft.PeftConfig.from_pretrained(str(tmp_path)).bases is None
+    with pytest.raises(BasesError, match="saved without its bases"):
+        loaded("mlp", tmp_path)
+    close(output(loaded("mlp", tmp_path, bases=str(tmp_path / "elsewhere"))), output(model))
+
+
+@pytest.mark.parametrize("r", [10**12, 8, 0, None])
+def test_settings_with_an_impossible_rank_are_refused(tmp_path, r):
+    model, _ = adapted("mlp")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": r}))
+    with pytest.raises(BasesError, match="cannot have the rank"):
+        loaded("mlp", tmp_path)
+
+
+@pytest.mark.parametrize("change", ["bfloat16", "no B"])
+def test_bases_in_another_type_or_half_of_them_are_refused(tmp_path, change):
+    model, _ = adapted("mlp")
+    state = peft.get_peft_model_state_dict(model)
+    if change == "no B":
+        state = {key: value for key, value in state.items() if "giva_B" not in key}
+        match = "come without bases|damaged"
+    else:
+        state = {key: value.bfloat16() if value.is_floating_point() else value for key, value in state.items()}
+        match = "damaged"
+    model.save_pretrained(tmp_path)
+    safetensors.torch.save_file(state, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(BasesError, match=match):
         loaded("mlp", tmp_path)
 
 
