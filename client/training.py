@@ -188,21 +188,19 @@ def train_round(
         factor = rate_factor((server_round - 1 + (step + 0.5) / total_steps) / total_rounds, config)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        examples = sum(len(indices) for indices in window)
-        window_loss = 0.0
-        for indices in window:
-            batch = collate(task, data, indices, device)
-            with autocast(config, device):
-                logits = task.forward(batch)
-            loss = task.task_loss(logits, batch["labels"], reduction="sum") / examples
-            scaler.scale(loss).backward()
-            window_loss += float(loss.detach())
+        window_loss = _gradient(task, data, window, config, scaler)
         scaler.unscale_(optimizer)
+        while scaler.is_enabled() and scaler.get_scale() > 1.0 and not _is_finite(trained):
+            # the scale is found by overflowing; a scaler would skip the step, and with it all of a short round
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            window_loss = _gradient(task, data, window, config, scaler)
+            scaler.unscale_(optimizer)
         for parameter, anchor in zip(trained, anchors, strict=False):
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - anchor, alpha=proximal_mu)
         norm = torch.nn.utils.clip_grad_norm_(trained, config.clip_norm or math.inf)
-        _check_finite(window_loss, norm, scaler.is_enabled(), step)
+        _check_finite(window_loss, norm, step)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -210,6 +208,23 @@ def train_round(
         step += 1
         on_step(step, total_steps)
     return LocalResult(step, math.fsum(losses) / max(1, len(losses)))
+
+
+def _gradient(
+    task: Task, data: EncodedData, window: list[list[int]], config: TrainConfig, scaler: torch.amp.GradScaler
+) -> float:
+    """Add up the scaled gradient of the mean loss over one step's batches, and return that loss."""
+    device = next(task.model.parameters()).device
+    examples = sum(len(indices) for indices in window)
+    total = 0.0
+    for indices in window:
+        batch = collate(task, data, indices, device)
+        with autocast(config, device):
+            logits = task.forward(batch)
+        loss = task.task_loss(logits, batch["labels"], reduction="sum") / examples
+        scaler.scale(loss).backward()
+        total += float(loss.detach())
+    return total
 
 
 def steps_in_round(num_examples: int, config: TrainConfig, is_head_round: bool = False) -> int:
@@ -279,9 +294,13 @@ def _windows(data: EncodedData, config: TrainConfig, seed: int, server_round: in
             yield epoch_batches[start : start + config.accumulation_steps]
 
 
-def _check_finite(loss: float, norm: torch.Tensor, scaled: bool, step: int) -> None:
-    # a gradient scaler finds its scale by overflowing: it skips such a step by itself
-    if math.isfinite(loss) and (scaled or bool(torch.isfinite(norm))):
+def _is_finite(parameters: Sequence[torch.nn.Parameter]) -> bool:
+    found = [p.grad.isfinite().all() for p in parameters if p.grad is not None]
+    return not found or bool(torch.stack(found).all())
+
+
+def _check_finite(loss: float, norm: torch.Tensor, step: int) -> None:
+    if math.isfinite(loss) and bool(torch.isfinite(norm)):
         return
     raise NumericsError(
         f"the loss left the finite numbers in local step {step + 1}",

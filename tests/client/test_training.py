@@ -303,7 +303,33 @@ def test_bfloat16_trains_float32_parameters() -> None:
     torch.testing.assert_close(flat(model), flat(exact), rtol=0, atol=5e-3)
 
 
-def test_float16_skips_steps_until_its_scale_fits() -> None:
+class Steep(FakeTask):
+    """Gradients that overflow float16 at the scale that a scaler begins with."""
+
+    def task_loss(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        return 100 * super().task_loss(logits, labels, reduction)
+
+
+def test_float16_takes_every_step_however_far_its_scale_has_to_fall() -> None:
+    task = Steep()
+    train(plain(precision="float16", batch_size=7, learning_rate=0.01, head_learning_rate=0.01), task=task)
+    torch.testing.assert_close((flat(task.model) - START).abs(), torch.full((8,), 0.01), rtol=1e-2, atol=0)
+
+
+def test_float16_tells_of_a_gradient_that_no_scale_makes_finite() -> None:
+    class Endless(FakeTask):
+        def task_loss(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+            loss = super().task_loss(logits, labels, reduction)
+            loss.register_hook(lambda grad: grad * math.inf)
+            return loss
+
+    task = Endless()
+    with pytest.raises(NumericsError, match=r"step 1; got loss \d"):
+        train(plain(precision="float16", batch_size=7), task=task)
+    assert torch.equal(flat(task.model), START)
+
+
+def test_float16_trains_float32_parameters() -> None:
     data = toy_data()
     before = predict(FakeTask(), data, plain())[1]  # type: ignore[arg-type]
     task = FakeTask()
