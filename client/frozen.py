@@ -37,8 +37,9 @@ class FrozenHead:
         return {"features": torch.from_numpy(np.stack(encoded)), "labels": label_tensor(labels, self._task.kind)}
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Logits `(n, C)`."""
-        return self.model(batch["features"])
+        """Logits `(n, C)`, in float32 as in the whole model."""
+        with torch.autocast(batch["features"].device.type, enabled=False):
+            return self.model(batch["features"])
 
     def task_loss(self, logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """The task's loss."""

@@ -89,7 +89,8 @@ class MeanPoolingClassifier(PreTrainedModel):
         hidden = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state.float()
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)
-        return SequenceClassifierOutput(logits=self.classifier(self.scale * functional.normalize(pooled, dim=-1)))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return SequenceClassifierOutput(logits=self.classifier(self.scale * functional.normalize(pooled, dim=-1)))
 
 
 @dataclass(frozen=True, eq=False)

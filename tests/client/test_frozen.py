@@ -34,6 +34,15 @@ def test_the_head_alone_gives_the_whole_model_s_outputs(toy_config, task_and_dat
     np.testing.assert_allclose([np.linalg.norm(row) for row in kept.features], 10.0, rtol=1e-5)
 
 
+def test_the_head_alone_computes_in_float32_under_autocast(toy_config, task_and_data):
+    task, data = task_and_data
+    kept = head_inputs(task, data, toy_config.train)
+    batch = FrozenHead(task).collate(kept.features, kept.labels)
+    expected = FrozenHead(task).forward(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(FrozenHead(task).forward(batch), expected)
+
+
 def test_training_over_kept_inputs_is_training_the_head(toy_config, toy_folder, monkeypatch):
     site = SiteSettings("site-2", toy_folder / "site-2", toy_config.data, "cpu")
     trainer = LocalTrainer(site, toy_config)

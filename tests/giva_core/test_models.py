@@ -108,6 +108,16 @@ def test_mean_head_is_the_written_formula(tmp_path):
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_mean_head_computes_in_float32_under_autocast(tmp_path):
+    task = load_task_model(config_for(write_model(tmp_path)))
+    seen = []
+    task.model.classifier.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = logits_of(task)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, task.model.classifier(seen[0]).detach(), rtol=1e-6, atol=1e-6)
+
+
 def test_saved_mean_model_opens_as_a_plain_encoder_and_by_its_own_class(tmp_path):
     task = load_task_model(config_for(write_model(tmp_path / "model")))
     torch.nn.init.normal_(task.model.classifier.weight)
