@@ -340,7 +340,7 @@ def _load_metadata(folder: Path) -> tuple[AdapterMetadata, dict[str, str]]:
         raise CheckpointError(
             f"the settings in {path} cannot be read", got=error, cause="it was written by another version"
         ) from error
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     return known, hashes
 

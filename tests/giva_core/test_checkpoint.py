@@ -138,6 +138,15 @@ def test_a_cut_or_missing_file_is_named(folder, name):
         load_adapter(folder)
 
 
+@pytest.mark.parametrize("layers", ['[["a", 1e999, 2, 1]]', "[" * 100_000], ids=["infinite size", "endless nesting"])
+def test_a_hostile_description_is_refused_as_damaged(folder, layers):
+    path = folder / "adapter.json"
+    settings = {**json.loads(path.read_text()), "layers": "LAYERS"}
+    path.write_text(json.dumps(settings).replace('"LAYERS"', layers))
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_adapter(folder)
+
+
 def test_the_digest_of_the_bases_is_computed_again(tmp_path):
     bases = make_bases()
     save_bases(tmp_path, BasesSet(make_bases(seed=1).layers, bases.init, bases.digest))
