@@ -62,7 +62,7 @@ class GivaPeftConfig(PeftConfig):
     residual: bool = field(default=False, metadata={"help": "Frozen coefficients are added to lambda_o lambda_sᵀ."})
 
     def __post_init__(self) -> None:
-        is_saved = self.peft_type is not None  # whoever makes new settings does not name it
+        is_saved = self.peft_type is not None  # type: ignore[has-type]  # new settings do not name it
         super().__post_init__()
         self.peft_type = PeftType.GIVA
         if isinstance(self.target_modules, list):
