@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py
     python benchmarks/scale.py --calibration-layers 160 --sites 10
+    python benchmarks/scale.py --numbers 22_713_216 --strategies fedavg --sites 4 10      # `full` on MiniLM
     python benchmarks/scale.py --simulation --json
 
 10, 100 and 1,000 sites send the vectors of OLMo2-7B at r = 64 (886,784 numbers) through Flower's messages to the
@@ -126,8 +127,10 @@ def layers() -> tuple[LayerShape, ...]:
     )
 
 
-def vectors() -> Arrays:
-    """The starting vectors of OLMo2-7B at r = 64."""
+def vectors(numbers: int) -> Arrays:
+    """The starting vectors of OLMo2-7B at r = 64, or so many zeros."""
+    if numbers:
+        return {"state": np.zeros(numbers, np.float32)}
     return initial_vectors(ModelSchema(layers(), (RANK,) * len(layers()), {}))
 
 
@@ -187,9 +190,9 @@ def update(start: Arrays) -> Callable[[int], Payload]:
     return lambda node_id: Payload({"state": packed + np.roll(noise, node_id)}, dict(values))
 
 
-def aggregate(strategy: str, sites: int) -> Aggregation:
+def aggregate(strategy: str, numbers: int, sites: int) -> Aggregation:
     """Take the updates of one round, in this process."""
-    start = vectors()
+    start = vectors(numbers)
     names, hellos = names_of(sites)
     aggregator = make_aggregator(RunConfig.from_flat({"strategy.name": strategy}))
     intake = Intake(hellos, start, list(start), keeps=sites <= KEPT_UPDATES or not aggregator.is_mean)
@@ -197,8 +200,11 @@ def aggregate(strategy: str, sites: int) -> Aggregation:
     grid = ManySites(update(start))
     aggregator.prepare(1, start)
     before = engine.peak_bytes()
+    size = sum(array.nbytes for array in start.values())
     take = clock(intake.take)
-    answers = exchange.ask(grid, names, protocol.ROUND, Payload(), deadline_seconds=3600.0, take=take)
+    answers = exchange.ask(
+        grid, names, protocol.ROUND, Payload(), deadline_seconds=3600.0, take=take, answer_bytes=size
+    )
     with clock:
         accepted = intake.accepted(answers)
         made = accepted.mean if accepted.mean is not None else aggregator.aggregate(1, accepted.updates)
@@ -263,13 +269,13 @@ def simulation_bytes() -> dict[int, int]:
         }
 
 
-def measure(counts: list[int], sketched: int, with_simulation: bool) -> Report:
+def measure(counts: list[int], strategies: list[str], numbers: int, sketched: int, with_simulation: bool) -> Report:
     """Run the whole benchmark."""
-    jobs = [("fedavg", count) for count in counts]
-    jobs += [("fedmedian", count) for count in counts if count <= max(MEDIAN_COUNTS)]
+    most = {"fedavg": max(counts), "fedmedian": max(MEDIAN_COUNTS)}
+    jobs = [(strategy, numbers, count) for strategy in strategies for count in counts if count <= most[strategy]]
     updates = [Aggregation(**in_process("aggregate", *job)) for job in jobs]
-    sketches = [Calibration(**in_process("calibrate", sketched, count)) for count in counts]
-    numbers = sum(array.size for array in vectors().values())
+    sketches = [Calibration(**in_process("calibrate", sketched, count)) for count in counts if sketched]
+    numbers = sum(array.size for array in vectors(numbers).values())
     return Report(numbers, 4 * numbers, updates, sketches, simulation_bytes() if with_simulation else {})
 
 
@@ -304,7 +310,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=int, nargs="+", default=list(COUNTS))
-    parser.add_argument("--calibration-layers", type=int, default=1, help="layers of the model that are sketched")
+    parser.add_argument("--calibration-layers", type=int, default=1, help="layers that are sketched; 0: none")
+    parser.add_argument("--strategies", nargs="+", default=["fedavg", "fedmedian"], choices=["fedavg", "fedmedian"])
+    parser.add_argument("--numbers", type=int, default=0, help="numbers of an update, instead of that model's")
     parser.add_argument("--simulation", action="store_true", help="whole simulations as well")
     parser.add_argument("--job", help="take one round's or pass's answers, described in JSON, and print the cost")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the tables")
@@ -313,7 +321,7 @@ def main() -> None:
         job, *what = json.loads(options.job)
         print(json.dumps(asdict({"aggregate": aggregate, "calibrate": calibrate}[job](*what))))
         return
-    report = measure(options.sites, options.calibration_layers, options.simulation)
+    report = measure(options.sites, options.strategies, options.numbers, options.calibration_layers, options.simulation)
     print(json.dumps(asdict(report)) if options.json else table(report))
 
 

@@ -49,19 +49,17 @@ def pass_on(message: Message, context: Context, patience_seconds: float = PATIEN
 def to_request(message: Message, context: Context) -> pb.Request:
     """A Flower message as a request."""
     content = message.content
-    payload = pb.Payload()
+    request = pb.Request(
+        kind=message.metadata.message_type, run=str(context.run_id), config=json.dumps(dict(context.run_config))
+    )
+    payload = request.payload  # protobuf would copy one that is made elsewhere
     for arrays in content.array_records.values():
         for name, array in arrays.items():
             payload.arrays.append(_to_wire(name, array))
     for values in content.config_records.values():
         for name, value in values.items():
             add_value(payload, name, cast(Value, value))
-    return pb.Request(
-        kind=message.metadata.message_type,
-        run=str(context.run_id),
-        config=json.dumps(dict(context.run_config)),
-        payload=payload,
-    )
+    return request
 
 
 def to_content(payload: pb.Payload) -> RecordDict:

@@ -104,12 +104,9 @@ class Servicer:
     def _ask(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         kind, began = "request", time.monotonic()
         try:
-            message = codec.parse_request(request)
-            check_request(message, self._site, self._now())
-            kind = message.kind
-            server_round = codec.values_of(message.payload).get("server-round")
-            round_ = server_round if type(server_round) is int else 0
-            answer = self._runner.submit(Task(request, kind, message.run, round_, context.is_active))
+            task = self._task(request, context)
+            kind = task.kind
+            answer = self._runner.submit(task)
         except Exception as error:  # whatever it is, it must not reach the network with its text
             self._runner.count_refused()
             return _refused(kind, error)
@@ -117,8 +114,16 @@ class Servicer:
             reply = answer.result()
         except (GivaError, CancelledError) as error:
             return _refused(kind, error)
-        log.info("%s of run %s took %.1f s", kind, message.run, time.monotonic() - began)
+        log.info("%s of run %s took %.1f s", kind, task.run, time.monotonic() - began)
         return reply
+
+    def _task(self, request: bytes, context: grpc.ServicerContext) -> Task:
+        """The checked request as a task; what was parsed, as large as the request, does not wait with it."""
+        message = codec.parse_request(request)
+        check_request(message, self._site, self._now())
+        server_round = codec.values_of(message.payload).get("server-round")
+        round_ = server_round if type(server_round) is int else 0
+        return Task(request, message.kind, message.run, round_, context.is_active)
 
     def status(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         """What the worker is doing."""

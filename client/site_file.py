@@ -55,7 +55,7 @@ class WorkerSettings(Section):
     queue: int = option(4, "tasks that may wait; beyond them the answer is busy", minimum=0, maximum=64)
     message_mib: int = option(
         64,
-        "longest message that the worker takes, in MiB; plan memory for about 5 (queue + 1) of them beside the model",
+        "longest message that the worker takes, in MiB; plan memory for 2 (queue + 1) + 5 of them beside the model",
         minimum=1,
         maximum=2047,
     )

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -39,13 +40,15 @@ def main(site_file: str) -> None:
     from .site_file import SiteFile
 
     site = SiteFile.read(site_file)
-    while True:
-        try:
-            _, request = read_frame(questions)
-        except EOFError:
-            return
-        reply = work(site, request, lambda content: write_frame(replies, PROGRESS, json.dumps(content).encode()))
-        write_frame(replies, *reply)
+
+    def tell(progress: dict[str, int]) -> None:
+        write_frame(replies, PROGRESS, json.dumps(progress).encode())
+
+    with suppress(EOFError):
+        while (
+            True
+        ):  # neither request nor reply has a name here: with it, they would stay while the next one is worked on
+            write_frame(replies, *work(site, read_frame(questions)[1], tell))
 
 
 def work(site: SiteFile, request: bytes, tell: Callable[[dict[str, int]], None]) -> tuple[bytes, bytes]:
@@ -71,19 +74,24 @@ def work(site: SiteFile, request: bytes, tell: Callable[[dict[str, int]], None])
 
     try:
         message = codec.parse_request(request)
-        kind = message.kind
-        run = RunConfig.from_json(message.config)
+        del request  # as large as what is parsed from it, and as the arrays in that: the work needs one of the three
+        kind, run_id, run = message.kind, message.run, RunConfig.from_json(message.config)
         if kind != protocol.FINISH:
             site.policy.check_hours(datetime.now())  # it may have waited in the queue since it was checked
+        payload = codec.from_wire(message.payload)
+        del message
         answer = service.answer(
             kind,
-            codec.from_wire(message.payload),
+            payload,
             site.settings(run),
             site.local_config(run),
-            questions=Questions(giva_home() / "questions", message.run),
+            questions=Questions(giva_home() / "questions", run_id),
             on_step=on_step,
         )
-        reply = pb.Reply(protocol=codec.WIRE_VERSION, payload=codec.to_wire(answer))
+        del payload
+        reply = pb.Reply(protocol=codec.WIRE_VERSION)
+        codec.add_payload(reply.payload, answer)
+        del answer
     except Exception as error:  # whatever it is, its text stays here: it may name files and quote rows
         reason = public_reason(error)
         log.error("%s failed: %s", kind, reason)

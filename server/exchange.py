@@ -124,19 +124,23 @@ def ask(
     departure = _Departure(grid)
     at_once = min(PULLED_AT_ONCE, max(1, PULLED_BYTES // max(1, answer_bytes)))
     while pending:
-        waited_for = list(pending)
+        waited_for, in_vain = list(pending), 0.0
         for start in range(0, len(waited_for), at_once):
+            began, before = time.monotonic(), len(pending)
             for reply in grid.pull_messages(waited_for[start : start + at_once]):
                 # an error reply may come from the server's own id, so the question it answers tells the site
                 node_id = pending.pop(reply.metadata.reply_to_message_id, None)
                 if node_id is not None:
                     answers[node_id] = take(_read(reply, names[node_id], node_id, down[node_id]))
+            if len(pending) == before:
+                in_vain += time.monotonic() - began
         if not pending or time.monotonic() >= ends:
             break
         if departure.is_certain(pending.values()):
             reason = "node left"
             break
-        time.sleep(POLL_SECONDS)
+        # where answers are large, a look is a call for every site: a thousand sites at work would leave no pause
+        time.sleep(min(max(POLL_SECONDS, in_vain), max(0.0, ends - time.monotonic())))
     for node_id in pending.values():
         answers[node_id] = Answer(names[node_id], node_id, None, "missing", reason, down[node_id])
     return sorted(answers.values(), key=lambda answer: answer.site)

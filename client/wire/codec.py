@@ -37,12 +37,18 @@ _Question = TypeVar("_Question", pb.Request, pb.StatusRequest)
 def to_wire(payload: Payload) -> pb.Payload:
     """A payload as a protobuf message."""
     message = pb.Payload()
+    add_payload(message, payload)
+    return message
+
+
+def add_payload(message: pb.Payload, payload: Payload) -> None:
+    """Write a payload into an empty message, which may be a field of another: protobuf would copy a finished one."""
+    message.SetInParent()  # also where there is nothing to write: an empty answer is one
     for name, array in payload.arrays.items():
         own = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
         message.arrays.add(name=name, dtype=own.dtype.str, shape=array.shape, data=own.tobytes())
     for name, value in payload.values.items():
         add_value(message, name, value)
-    return message
 
 
 def add_value(message: pb.Payload, name: str, value: Value) -> None:

@@ -10,22 +10,29 @@ import struct
 import subprocess
 import sys
 import tempfile
+import tracemalloc
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from live_worker import ROOMY, ROOT, LiveWorker, federate, hello, request, site_toml
 
+from client import service, worker_process
+from client.frames import ANSWER
 from client.isolation import interfaces
 from client.servicer import Servicer, check_request, listen
 from client.site_file import SiteFile
 from client.wire import codec, link
 from client.wire import worker_pb2 as pb
-from client.worker_tasks import Limits, TaskRunner
+from client.worker_tasks import Limits, Task, TaskRunner
 from giva_core.config import RunConfig
 from giva_core.errors import ConfigError, GivaError, ProtocolError, public_reason
 from giva_core.protocol import Hello, Payload
@@ -163,6 +170,81 @@ def test_a_request_takes_its_place_before_it_is_read(
     assert runner.progress().refused == 3
     parsed[:] = [b""] * 9
     assert pb.Reply.FromString(servicer.ask(b"", None)).reason == answers[1]  # type: ignore[arg-type]
+
+
+class Parsed:
+    """A parsed request to which there can be a weak reference, unlike to protobuf's own."""
+
+    def __init__(self, data: bytes) -> None:
+        self._message = pb.Request.FromString(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._message, name)
+
+
+def note_parsed(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Parsed]]:
+    """References to every request that is parsed, which do not keep it."""
+    parsed: list[weakref.ref[Parsed]] = []
+
+    def noted(data: bytes) -> Parsed:
+        message = Parsed(data)
+        parsed.append(weakref.ref(message))
+        return message
+
+    monkeypatch.setattr(codec, "parse_request", noted)
+    return parsed
+
+
+def request_of(kind: str, config: RunConfig, payload: Payload) -> pb.Request:
+    """A request with the protocol's version, as a link sends it."""
+    asked = request(kind, config, payload)
+    asked.protocol = codec.WIRE_VERSION
+    return asked
+
+
+def test_a_request_that_waits_is_kept_once(
+    toy_model: Path, toy_folder: Path, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(site_toml("a", toy_model, toy_folder / "site-1", policy={"max_rank": 8}), encoding="utf-8")
+    parsed = note_parsed(monkeypatch)
+
+    class Waiting(Future[bytes]):
+        def result(self, timeout: float | None = None) -> bytes:
+            return f"{[message() for message in parsed]}".encode()
+
+    class Runner(TaskRunner):
+        def submit(self, task: Task) -> Future[bytes]:
+            return Waiting()
+
+    servicer = Servicer(SiteFile.read(path), Runner(path, Limits(60.0), {}), "")
+    asked = request_of("query.hello", config, hello()).SerializeToString()
+    assert servicer.ask(asked, SimpleNamespace(is_active=lambda: True)) == b"[None]"  # type: ignore[arg-type]
+
+
+def test_work_keeps_a_message_once(
+    toy_model: Path, toy_folder: Path, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(site_toml("a", toy_model, toy_folder / "site-1", policy={"max_rank": 8}), encoding="utf-8")
+    parsed, kept = note_parsed(monkeypatch), []
+
+    def answer(kind: str, request: Payload, *_: object, **__: object) -> Payload:
+        kept.append((tracemalloc.get_traced_memory()[0] - before, [message() for message in parsed]))
+        return Payload()
+
+    monkeypatch.setattr(service, "answer", answer)
+    state = np.random.default_rng(0).random(1 << 20)
+    asked = request_of("train.round", config, Payload({"state": state}))
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        outcome, reply = worker_process.work(SiteFile.read(path), asked.SerializeToString(), lambda told: None)
+    finally:
+        tracemalloc.stop()
+    [(bytes_, messages)] = kept
+    assert messages == [None] and state.nbytes <= bytes_ < 1.5 * state.nbytes
+    assert outcome == ANSWER and pb.Reply.FromString(reply).WhichOneof("outcome") == "payload"  # though it is empty
 
 
 def test_questions_are_counted_over_a_restart(toy_model: Path, toy_folder: Path, config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -150,13 +151,13 @@ def test_sites_without_an_answer_at_the_deadline_are_missing() -> None:
 
 
 class Clock:
-    """A clock that a second passes on at every look."""
+    """A clock that goes on by a quarter of a second at every look."""
 
     def __init__(self) -> None:
         self.now = 0.0
 
     def monotonic(self) -> float:
-        self.now += 1.0
+        self.now += 0.25
         return self.now
 
     def sleep(self, seconds: float) -> None:
@@ -263,6 +264,39 @@ def test_large_answers_are_pulled_a_few_at_a_time(
     answers = ask(Counted(), NODES, "query.hello", QUESTION, deadline_seconds=60.0, answer_bytes=answer_bytes)
     assert [answer.status for answer in answers] == ["ok"] * 3
     assert asked_for[0] == max(asked_for) == at_once
+
+
+def test_looks_that_find_nothing_take_half_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seconds:
+        """A clock on which nothing passes but sleep, and what a call takes."""
+
+        now = 0.0
+        slept: ClassVar[list[float]] = []
+
+        def monotonic(self) -> float:
+            return self.now
+
+        def sleep(self, seconds: float) -> None:
+            self.slept.append(seconds)
+            self.now += seconds
+
+    class Slow(ScriptedGrid):
+        looks = 0
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            self.looks += 1
+            clock.now += 4.0
+            return super().pull_messages(message_ids if self.looks in (4, 6, 7) else [])
+
+    clock = Seconds()
+    monkeypatch.setattr(exchange, "time", clock)
+    monkeypatch.setattr(exchange, "POLL_SECONDS", 0.5)
+    answers = ask(Slow(), NODES, "query.hello", QUESTION, deadline_seconds=60.0, answer_bytes=exchange.PULLED_BYTES)
+    assert [answer.status for answer in answers] == ["ok"] * 3
+    assert clock.slept == [12.0, 4.0]  # three calls in vain; one, between two with an answer
+    clock.slept.clear()
+    ask(Slow(silent=NODES.values()), NODES, "query.hello", QUESTION, deadline_seconds=40.0, answer_bytes=2**30)
+    assert clock.slept == [12.0, 4.0]  # not beyond the deadline
 
 
 def test_nobody_to_ask() -> None:
