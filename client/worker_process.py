@@ -45,9 +45,8 @@ def main(site_file: str) -> None:
         write_frame(replies, PROGRESS, json.dumps(progress).encode())
 
     with suppress(EOFError):
-        while (
-            True
-        ):  # neither request nor reply has a name here: with it, they would stay while the next one is worked on
+        # neither request nor reply has a name here: with one, it would stay while the next task is worked on
+        while True:
             write_frame(replies, *work(site, read_frame(questions)[1], tell))
 
 
