@@ -48,6 +48,9 @@ CONV1D_MODELS = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt
 _INSIDE_A, _INSIDE_B = ".lora_A.default.weight", ".lora_B.default.weight"
 _PREFIX = "base_model.model."
 
+#: Heads that PEFT wraps whole wherever a model classifies texts, whatever is asked of it.
+_PEFT_HEADS = ("classifier", "score")
+
 
 def lora_to_folder(adapter_folder: str | Path, output: str | Path, model_path: str | Path = "") -> Path:
     """Write an adapter as an exact LoRA: what `peft.PeftModel.from_pretrained` and servers of LoRA load.
@@ -163,7 +166,7 @@ def _saved_modules(adapter: Adapter) -> tuple[list[str], Arrays]:
         for name, value in adapter.arrays.items()
         if name not in vectors and not name.endswith((_INSIDE_A, _INSIDE_B))
     }
-    candidates = dict.fromkeys((*known.head_modules, *known.config.giva.modules_to_save))
+    candidates = dict.fromkeys(map(_wrapped, (*known.head_modules, *known.config.giva.modules_to_save)))
     modules = [module for module in candidates if any(name.startswith(f"{module}.") for name in state)]
     if strangers := [name for name in state if not name.startswith(tuple(f"{module}." for module in modules))]:
         raise CheckpointError(
@@ -173,6 +176,12 @@ def _saved_modules(adapter: Adapter) -> tuple[list[str], Arrays]:
             remedy="save it with head_modules, or merge it into its base model: --format merged",
         )
     return modules, state
+
+
+def _wrapped(module: str) -> str:
+    """A part of a head as the head, since PEFT would wrap both, and then not find the part's arrays."""
+    head = module.partition(".")[0]
+    return head if head in _PEFT_HEADS else module
 
 
 def _architecture(model_path: str | Path) -> str:

@@ -86,7 +86,11 @@ def _task(task: TaskConfig) -> str:
         return f"{task.kind}, {task.prompt_format} prompts" + (
             f" `{task.prompt_template!r}`" * bool(task.prompt_template)
         )
-    return f"{task.kind}, {max(1, len(task.labels))} outputs, head `{task.head}`"
+    return f"{task.kind}, {_outputs(task)} outputs, head `{task.head}`"
+
+
+def _outputs(task: TaskConfig) -> int:
+    return 1 if task.kind == "regression" else len(task.labels)  # labels are not looked at where a number is learned
 
 
 def _method(config: RunConfig, layers: int) -> str:
@@ -102,9 +106,11 @@ def _method(config: RunConfig, layers: int) -> str:
 
 
 def _merged_usage(config: RunConfig) -> str:
+    is_image = config.task.kind == "image-classification"
+    variable, processor = ("processor", "AutoImageProcessor") if is_image else ("tokenizer", "AutoTokenizer")
     if is_plain_model(config.task):
         name, note = _CLASSES.get(config.task.kind, "AutoModelForSequenceClassification"), ""
-        imports = f"from transformers import {name}, AutoTokenizer"
+        imports = f"from transformers import {name}, {processor}"
     else:
         name = "MeanPoolingClassifier"
         imports = f"from giva_core.models import {name}\nfrom transformers import AutoTokenizer"
@@ -112,7 +118,7 @@ def _merged_usage(config: RunConfig) -> str:
             "\n\nThe head is linear on the mean-pooled, normalised sentence vector times 10. `AutoModel` loads the "
             "encoder alone; `AutoModelForSequenceClassification` would put another head on it."
         )
-    load = f'model = {name}.from_pretrained("this-folder")\ntokenizer = AutoTokenizer.from_pretrained("this-folder")'
+    load = f'model = {name}.from_pretrained("this-folder")\n{variable} = {processor}.from_pretrained("this-folder")'
     return f"```python\n{imports}\n\n{load}\n```{note}"
 
 
@@ -134,7 +140,7 @@ def _lora_usage(adapter: Adapter) -> str:
         *imports,
         "",
         f'path = "{config.model.path}"  # the base model',
-        f"config = AutoConfig.from_pretrained(path, num_labels={max(1, len(config.task.labels))})",
+        f"config = AutoConfig.from_pretrained(path, num_labels={_outputs(config.task)})",
         f"base = {name}.from_pretrained(path, config=config)",
         'model = PeftModel.from_pretrained(base, "this-folder")',
     ]

@@ -34,18 +34,19 @@ class ImageClassifier(TaskModel):
 
     def encode_rows(self, rows: Iterable[ImageRow], max_length: int) -> list[Encoded]:
         """Each image in the model's size, before the next is taken; `max_length` does not count."""
-        encoded, faults = [], 0
-        for row in rows:
+        encoded, faults = [], []
+        for number, row in enumerate(rows, start=1):
             try:
                 encoded.append({"pixels": self.processor.read(row.data)})
             except DataError:
-                faults += 1
+                faults.append(number)
         if faults:
             raise DataError(
                 "there are images that cannot be read",
-                got=f"{faults} of {faults + len(encoded)}",
-                cause="damaged files, or of a format that Pillow does not know",
-                remedy="correct or remove them",
+                got=f"{len(faults)} of {len(faults) + len(encoded)}, the first being number {faults[0]}",
+                expected="images that Pillow reads; in a folder they count by label and name",
+                cause="damaged files, of another format, far too large, or with more than 8 bits a colour",
+                remedy="correct, convert or remove them",
                 public="unusable rows (image unreadable)",
             )
         return encoded

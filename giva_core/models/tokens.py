@@ -50,8 +50,16 @@ def fit_tokenizer(settings: Any, tokenizer: Any) -> None:
     """Make sure of a padding token, in tokenizer and settings, and that the model knows every token.
 
     Raises:
-        ConfigError: Tokenizer and model do not fit together, or there is no token to pad with.
+        ConfigError: There is no tokenizer, it does not fit the model, or has no token to pad with.
     """
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up where a folder has none
+        raise ConfigError(
+            "the model's tokenizer knows no words",
+            got=f"{len(tokenizer)} tokens, all of them special",
+            cause="the model's folder has no tokenizer.json, nor another file of a vocabulary",
+            remedy="copy the tokenizer's files into it",
+            public="the model's tokenizer is missing",
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(

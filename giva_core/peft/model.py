@@ -112,6 +112,10 @@ class GivaModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module in another's place; PEFT's form asks each for a weight, which a head of several layers lacks."""
+        setattr(parent, child_name, new_module)
+
     def _bases_of(
         self, config: GivaPeftConfig, adapter_name: str, layer: Linear, name: str
     ) -> tuple[Tensor, Tensor, bool]:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from image_models import write_vision
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from toy_modules import make_bases
 
@@ -137,6 +140,19 @@ def test_model_card_says_what_it_is(tmp_path):
     ):
         assert part in card
     assert str(tmp_path) not in card
+
+
+def test_the_card_of_a_model_that_sees_names_its_image_processor(tmp_path, monkeypatch):
+    config = make_config(write_vision(tmp_path / "base"), "native", "head")
+    config = config.replace(task__kind="image-classification", giva__target_modules="all-linear")
+    trained = trained_adapter(tmp_path / "adapter", config)
+    merge_to_folder(tmp_path / "adapter", tmp_path / "base", tmp_path / "this-folder")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "this-folder" / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    pixels = names["processor"](Image.new("RGB", (30, 20), "teal"), return_tensors="pt")
+    torch.testing.assert_close(names["model"](**pixels).logits, trained.model(**pixels).logits)
 
 
 def test_another_base_model_is_refused(tmp_path):

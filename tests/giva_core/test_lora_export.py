@@ -115,6 +115,20 @@ def test_the_mean_head_goes_along_as_a_saved_module(tmp_path):
     )
 
 
+def test_a_head_of_several_modules_is_saved_whole(tmp_path):
+    """A federation's server knows RoBERTa's head by its two layers only, and PEFT wraps what holds them."""
+    config = prepared(tmp_path / "base", "roberta")
+    trained = trained_adapter(tmp_path / "trained", config)
+    adapter = load_adapter(tmp_path / "trained")
+    parts = ("classifier.dense", "classifier.out_proj")
+    save_adapter(tmp_path / "adapter", adapter.bases, adapter.arrays, config, head_modules=parts)
+    folder = lora_to_folder(tmp_path / "adapter", tmp_path / "lora")
+    assert json.loads((folder / CONFIG_FILE).read_text())["modules_to_save"] == ["classifier"]
+    torch.testing.assert_close(
+        peft_logits(loaded_by_peft(config, folder), trained), logits_of(trained), rtol=0, atol=1e-5
+    )
+
+
 def test_a_trained_lora_is_exported_with_its_scale(tmp_path):
     config = prepared(tmp_path / "base", "bert", method="lora", lora__rank=3, lora__alpha=12.0)
     trained = trained_adapter(tmp_path / "adapter", config)
@@ -150,9 +164,11 @@ def test_files_hold_no_path_of_the_machine_and_need_no_peft(tmp_path, monkeypatc
     assert {key for key in keys if "lora_" not in key} == {"base_model.model.score.weight"}
 
 
-@pytest.mark.parametrize("head", ["mean", "native"])
-def test_the_card_s_code_runs(tmp_path, monkeypatch, head):
-    config = prepared(tmp_path / "base", "bert", head)
+@pytest.mark.parametrize(
+    ("head", "kind"), [("mean", "classification"), ("native", "classification"), ("native", "regression")]
+)
+def test_the_card_s_code_runs(tmp_path, monkeypatch, head, kind):
+    config = prepared(tmp_path / "base", "bert", head, task__kind=kind)  # labels do not count where a number is learned
     trained = trained_adapter(tmp_path / "adapter", config)
     lora_to_folder(tmp_path / "adapter", tmp_path / "this-folder")
     monkeypatch.chdir(tmp_path)

@@ -267,6 +267,12 @@ def test_unusable_models_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="do not cover the backbone"):
         load_task_model(config_for(mixed))
 
+    mute = write_model(tmp_path / "mute")
+    for path in mute.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="tokenizer knows no words"):  # else every text would be the same one
+        load_task_model(config_for(mute))
+
     foreign = write_model(tmp_path / "foreign", vocab_size=9)
     with pytest.raises(ConfigError, match="more tokens than the model"):
         load_task_model(config_for(foreign))

@@ -47,6 +47,19 @@ def test_merging_keeps_the_output_and_unloading_gives_the_base_model_back(kind):
     assert torch.equal(output(unloaded), before) and not layers_of(unloaded)
 
 
+def test_a_trained_head_of_several_layers_stays_when_adapters_are_merged():
+    settings = transformers.RobertaConfig(**SIZES, intermediate_size=24)
+    base = transformers.AutoModelForSequenceClassification.from_config(settings)
+    config = GivaPeftConfig(bases=bases_for(base, ("query",)), task_type="SEQ_CLS")
+    model = peft.get_peft_model(base, config).eval()
+    perturb(model)
+    tokens = torch.randint(2, 29, (4, 6), generator=torch.Generator().manual_seed(0))
+    expected = model(input_ids=tokens).logits
+    merged = model.merge_and_unload()
+    assert type(merged.classifier).__name__ == "RobertaClassificationHead"
+    close(merged(input_ids=tokens).logits, expected)
+
+
 def test_a_safe_merge_refuses_what_is_not_finite():
     model, _ = adapted("mlp")
     with torch.no_grad():
