@@ -128,7 +128,13 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
         "full": {"train.learning-rate": 1e-4},
         "head": {"train.head-learning-rate": 5e-3, "train.head-epsilon": 1e-2},
     },
-    "sentiment": {},
+    "sentiment": {
+        "giva": {"train.learning-rate": 0.02},
+        "giva-random": {"train.learning-rate": 0.2},
+        "lora": {"train.learning-rate": 1e-3},
+        "vera": {"train.learning-rate": 0.1},
+        "head": {"train.head-learning-rate": 2e-3, "train.head-epsilon": 1e-8},
+    },
 }
 
 
