@@ -114,7 +114,7 @@ def test_a_model_takes_images_of_another_size_than_it_was_made_for(tmp_path):
 
 def test_unusable_images_are_counted_and_not_shown(tmp_path, monkeypatch):
     task = load_task_model(config_for(write_vision(tmp_path)))
-    with pytest.raises(DataError, match=r"got 2 of 4, the first being number 3,.* 8 bits") as caught:
+    with pytest.raises(DataError, match=r"got 2 of 4, the first being number 3;.* 8 bits") as caught:
         task.encode_rows([*rows(2), ImageRow(b"SECRET"), ImageRow(rows(1)[0].data[:200])], 1)
     assert "SECRET" not in str(caught.value) and "2" not in public_reason(caught.value)
     monkeypatch.setattr("giva_core.models.pixels._MOST_PIXELS", 100)
