@@ -108,7 +108,8 @@ class RowStream:
             raise DataError(
                 f"there is no data file {path}",
                 cause="the path or the file's name is not the site's",
-                remedy="set the site's data folder and data.train-file / data.eval-file to files that exist",
+                remedy="set the site's data folder and data.train-file / data.eval-file to files that exist; "
+                "data.eval-file may be empty for no evaluation",
                 public="the data file is missing",
             ) from None
         except OSError as error:
