@@ -26,14 +26,14 @@ from . import result
 NOUNS = {
     "simulate": ("server.cli.simulate:simulate", "Run a whole federation on this machine."),
     "train": ("client.cli.train:train", "Train an adapter on one site's data, without a federation."),
-    "data": ("client.cli.data:data", "Fetch, split and check data."),
+    "data": ("client.cli.data:data", "Fetch and split data."),
     "site": ("server.cli.site:site client.cli.site:site", "Run a site; approve, list and revoke sites."),
     "superlink": ("server.cli.superlink:superlink", "Add, list and check connections to SuperLinks."),
     "run": ("server.cli.run:run", "Start, stop, resume, list and show runs."),
     "round": ("server.cli.round:round_", "Look into the rounds of a run."),
     "metrics": ("server.cli.metrics:metrics", "Show, export and plot the metrics of runs."),
     "bases": ("server.cli.bases:bases", "Prove that this machine builds the same bases; show bases."),
-    "adapter": ("server.cli.adapter:adapter", "Show, verify and merge finished adapters."),
+    "adapter": ("server.cli.adapter:adapter", "Show, verify, export and merge finished adapters."),
 }
 
 
