@@ -195,7 +195,9 @@ def aggregate(strategy: str, numbers: int, sites: int) -> Aggregation:
     start = vectors(numbers)
     names, hellos = names_of(sites)
     aggregator = make_aggregator(RunConfig.from_flat({"strategy.name": strategy}))
-    intake = Intake(hellos, start, list(start), keeps=sites <= KEPT_UPDATES or not aggregator.is_mean)
+    tells_error = not numbers
+    keeps = not aggregator.is_mean or (tells_error and sites <= KEPT_UPDATES)  # as the round loop decides
+    intake = Intake(hellos, start, list(start), keeps=keeps)
     clock = Clock()
     grid = ManySites(update(start))
     aggregator.prepare(1, start)
@@ -312,7 +314,7 @@ def main() -> None:
     parser.add_argument("--sites", type=int, nargs="+", default=list(COUNTS))
     parser.add_argument("--calibration-layers", type=int, default=1, help="layers that are sketched; 0: none")
     parser.add_argument("--strategies", nargs="+", default=["fedavg", "fedmedian"], choices=["fedavg", "fedmedian"])
-    parser.add_argument("--numbers", type=int, default=0, help="numbers of an update, instead of that model's")
+    parser.add_argument("--numbers", type=int, default=0, help="weights, which have no aggregation error, instead")
     parser.add_argument("--simulation", action="store_true", help="whole simulations as well")
     parser.add_argument("--job", help="take one round's or pass's answers, described in JSON, and print the cost")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the tables")

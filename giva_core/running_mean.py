@@ -5,11 +5,13 @@ is there. Exact sums do not. A float32 number times an integer weight has few en
 grid of powers of two that is the same for all numbers, into digits of 40 bits, and sums of integers below 2^53 are
 exact in float64 (a superaccumulator: Kulisch, "Computer Arithmetic and Validity", 2008; reproducible summation on a
 fixed grid: Demmel and Nguyen, ARITH 2013). Only digits that occur take memory: three for the numbers of a model, so 24
-bytes a number, however many sites there are.
+bytes a number, however many sites there are. Arrays are summed piece by piece, since each step has a float64 copy or
+two of what it works on.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -22,6 +24,10 @@ _LOWEST = -152  # below float32's smallest number, 2^-149
 _PLACES = 9  # up to 2^(-152 + 9 * 40) = 2^208, above float32's largest times any weight
 _LARGEST_WEIGHT = 2**28  # times a float32, exact in float64; a larger weight is added in parts
 _CARRY_AFTER = 2**11  # terms, after which a digit may have 2^52
+_PIECE = 2**16  # numbers of an array that are summed together
+
+#: The digits of a piece's sums, by place.
+_Digits = dict[int, np.ndarray]
 
 
 class RunningMean:
@@ -31,7 +37,7 @@ class RunningMean:
     """
 
     def __init__(self) -> None:
-        self._digits: dict[str, dict[int, np.ndarray]] = {}
+        self._digits: dict[str, list[_Digits]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._alone: Arrays | None = None  # a single update, whose mean is itself down to the sign of a zero
         self._weight = 0
@@ -52,7 +58,7 @@ class RunningMean:
         shapes = {name: array.shape for name, array in arrays.items()}
         if not self._weight:
             self._shapes = shapes
-            self._digits = {name: {} for name in shapes}
+            self._digits = {name: [{} for _ in _pieces(array)] for name, array in arrays.items()}
             self._alone = {name: np.array(array, np.float32) for name, array in arrays.items()}
         for name, shape in self._shapes.items():
             if shapes.keys() != self._shapes.keys() or shapes[name] != shape:
@@ -62,11 +68,12 @@ class RunningMean:
         for part in (weight // _LARGEST_WEIGHT * _LARGEST_WEIGHT, weight % _LARGEST_WEIGHT):
             if part:
                 for name, array in arrays.items():
-                    _add(self._digits[name], array.astype(np.float64).ravel() * float(part))
+                    for digits, piece in zip(self._digits[name], _pieces(array), strict=True):
+                        _add(digits, piece.astype(np.float64) * float(part))
                 self._terms += 1
         self._weight += weight
         if self._terms >= _CARRY_AFTER:
-            for digits in self._digits.values():
+            for digits in itertools.chain.from_iterable(self._digits.values()):
                 _carry(digits)
             self._terms = 1
 
@@ -81,21 +88,29 @@ class RunningMean:
         if self._alone is not None:
             return {name: array.copy() for name, array in self._alone.items()}
         means: Arrays = {}
-        for name, digits in self._digits.items():
-            _carry(digits)  # the digits of a number are unique then, whatever the order of its terms
-            total = np.zeros(int(np.prod(self._shapes[name], dtype=np.int64)))
-            for place in sorted(digits):
-                total = total + np.ldexp(digits[place], _exponent(place))
-            means[name] = (total / float(self._weight)).astype(np.float32).reshape(self._shapes[name])
+        for name, pieces in self._digits.items():
+            means[name] = np.zeros(self._shapes[name], np.float32)
+            for digits, mean in zip(pieces, _pieces(means[name]), strict=True):
+                _carry(digits)  # the digits of a number are unique then, whatever the order of its terms
+                total = np.zeros(len(mean))
+                for place in sorted(digits):
+                    total = total + np.ldexp(digits[place], _exponent(place))
+                mean[:] = total / float(self._weight)
         self._terms = 1
         return means
+
+
+def _pieces(array: np.ndarray) -> list[np.ndarray]:
+    """The numbers of an array in the order of memory, a few at a time; views where it is contiguous."""
+    flat = array.reshape(-1)
+    return [flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE)]
 
 
 def _exponent(place: int) -> int:
     return _LOWEST + _BITS * place
 
 
-def _add(digits: dict[int, np.ndarray], rest: np.ndarray) -> None:
+def _add(digits: _Digits, rest: np.ndarray) -> None:
     """Add numbers, cut into digits from the highest place on; `rest` is used up."""
     largest = float(np.max(np.abs(rest), initial=0.0))
     if not largest:
@@ -111,7 +126,7 @@ def _add(digits: dict[int, np.ndarray], rest: np.ndarray) -> None:
         place -= 1
 
 
-def _carry(digits: dict[int, np.ndarray]) -> None:
+def _carry(digits: _Digits) -> None:
     """Bring every digit into [-2^39, 2^39), from the lowest place on."""
     for place in range(_PLACES - 1):
         if place in digits:

@@ -9,6 +9,11 @@ from giva_core.config import LORA_FAMILY, RunConfig
 from giva_core.types import Arrays, BasesSet, ModelSchema
 
 
+def tells_error(method: str) -> bool:
+    """Whether the server can tell the aggregation error of a method's rounds; see `aggregated`."""
+    return method in ("giva", "lora-xs", *LORA_FAMILY)
+
+
 def aggregated(
     config: RunConfig,
     schema: ModelSchema,

@@ -22,14 +22,14 @@ from giva_core.wire import PLAIN
 
 from .agreement import agree_on_bases, send_bases
 from .evaluation import Due
-from .exactness import aggregated
+from .exactness import aggregated, tells_error
 from .exchange import ask, site_record
 from .run_store import RunStore
 from .session import Session, mean, outcomes
 from .strategy import Aggregator, check_finite, make_aggregator
 from .updates import Accepted, Intake, merge_attempts
 
-#: Sites of a round up to which their updates are kept, and the aggregation error told; of more only the sum is kept.
+#: Sites of a round up to which their updates are kept for the aggregation error; of more only the sum is kept.
 KEPT_UPDATES = 64
 _FINISH_SECONDS = 10.0
 _START = "start"  # the blob with the starting head, which rounded numbers count from
@@ -251,7 +251,7 @@ class Federation:
             plan.names,
             self.bases_digest,
             rounds.max_update_norm,
-            keeps=len(nodes) <= KEPT_UPDATES or not self._can_sum,
+            keeps=self._keeps_updates(plan, len(nodes)),
             coding=self._coding,
             sent_digest=str(payload.values.get("digest", "")),
         )
@@ -263,10 +263,11 @@ class Federation:
         accepted = intake.accepted(answers)
         return replace(accepted, records=[*accepted.records, *resting])
 
-    @property
-    def _can_sum(self) -> bool:
-        """Whether a round needs no more of the updates than their mean."""
-        return self.aggregator.is_mean and self.config.rounds.mode != "exact" and self.config.method != "fedex-lora"
+    def _keeps_updates(self, plan: Plan, sites: int) -> bool:
+        """Whether a round takes more of the updates than their mean: for the strategy, a residual, or the error."""
+        if not self.aggregator.is_mean or self.config.rounds.mode == "exact" or self.config.method == "fedex-lora":
+            return True
+        return plan.phase == "train" and tells_error(self.config.method) and sites <= KEPT_UPDATES
 
     def _aggregate(self, plan: Plan, accepted: Accepted) -> float | None:
         """Make the next global arrays; returns the aggregation error where there are vectors and the updates."""

@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from giva_core import running_mean
 from giva_core.errors import UpdateError
 from giva_core.running_mean import RunningMean
 from giva_core.types import Arrays
@@ -106,3 +107,11 @@ def test_what_cannot_be_averaged() -> None:
     for other in ({"a": np.zeros(3, np.float32)}, {"b": np.zeros(2, np.float32)}, {}):
         with pytest.raises(UpdateError, match="'a' in shape"):
             running.add(other, 1)
+
+
+def test_an_array_summed_in_pieces_has_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates, weights = wild(9), [1, 2, 3, 4, 5, 6, 2**28 + 1, 8, 9]
+    whole = mean_of(updates, weights)
+    monkeypatch.setattr(running_mean, "_PIECE", 5)
+    found = mean_of(updates, weights)
+    assert all(found[name].tobytes() == whole[name].tobytes() for name in whole)

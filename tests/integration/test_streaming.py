@@ -59,6 +59,23 @@ def test_what_needs_every_update_keeps_them(
     assert store.rounds(run_id, "train")[0].aggregation_error is not None
 
 
+def test_no_update_is_kept_where_no_error_is_told(
+    toy_config: RunConfig, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[tuple[str, bool]] = []
+    decide = rounds.Federation._keeps_updates
+
+    def noting(self: rounds.Federation, plan: rounds.Plan, sites: int) -> bool:
+        kept.append((plan.phase, decide(self, plan, sites)))
+        return kept[-1][1]
+
+    monkeypatch.setattr(rounds.Federation, "_keeps_updates", noting)
+    once = toy_config.replace(rounds__num_rounds=1, rounds__head_rounds=1)
+    simulate(once, store)
+    simulate(once.replace(method="full", rounds__head_rounds=0), store)
+    assert kept == [("head", False), ("train", True), ("train", False)]
+
+
 # -- calibration ------------------------------------------------------------------------------------------------------
 
 
