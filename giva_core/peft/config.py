@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft.config import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftType
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
@@ -15,6 +16,7 @@ from ..adapt import calibrate
 from ..checkpoint import load_bases
 from ..config import GivaConfig
 from ..sketch import LossFunction
+from ..targets import find_targets
 from ..types import BasesSet
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ class GivaPeftConfig(PeftConfig):
         r: The rank; None reads it from the bases.
         target_modules: Names or endings of the layers to adapt, or a regular expression; None or `all-linear`: all
             layers that the bases have.
+        exclude_modules: Names, endings or a regular expression of layers that are not adapted, as in `LoraConfig`.
+        layers_to_transform: Numbers of the blocks that are adapted, as in `LoraConfig`; None: all.
+        layers_pattern: What the list of blocks is called, where a name has several numbers.
         modules_to_save: Modules trained and saved whole besides the vectors, such as a head.
         giva_dropout: Dropout on the adapter's input, while training.
         init_weights: True starts `lambda_o` at 0, so that the adapter changes nothing yet; False at random numbers.
@@ -48,6 +53,13 @@ class GivaPeftConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Layers to adapt; None: all that the bases have."}
     )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Layers that are not adapted."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Numbers of the blocks to adapt; None: all."}
+    )
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "What the blocks' list is called."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
     giva_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     init_weights: bool = field(default=True, metadata={"help": "Start with an adapter that changes nothing."})
@@ -67,6 +79,8 @@ class GivaPeftConfig(PeftConfig):
         self.peft_type = PeftType.GIVA
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
         if isinstance(self.bases, (str, Path)):
             # saved settings may be anybody's: they name no place on this machine to read from
             self.bases = None if is_saved else load_bases(self.bases)
@@ -92,6 +106,11 @@ class GivaPeftConfig(PeftConfig):
     def rank_of(self, layer: str) -> int:
         """The rank of one layer."""
         return self.ranks.get(layer, self.r or 0)
+
+    def leaves_in(self, layer: str) -> bool:
+        """Whether `exclude_modules` and `layers_to_transform` leave a layer in, which was named by its whole name."""
+        ending = replace(self, target_modules=[layer.rpartition(".")[2]])  # PEFT asks a whole name for no block
+        return bool(check_target_module_exists(ending, layer))
 
     @classmethod
     def calibrate(
@@ -129,8 +148,12 @@ class GivaPeftConfig(PeftConfig):
         heads = list(settings.get("modules_to_save") or [])
         if settings.get("task_type") == "SEQ_CLS":  # PEFT trains and saves these without being asked
             heads += [name for name in SEQ_CLS_HEAD_NAMES if hasattr(model, name)]
-        bases = calibrate(model, batches, loss_fn or _mean_loss, giva, exclude=heads)
-        return cls(bases=bases, **{**settings, "r": None, "target_modules": None, "seed": giva.seed})
+        chosen = cls(**{**settings, "r": None, "target_modules": None})
+        if chosen.exclude_modules or chosen.layers_to_transform is not None:
+            named = (name for name, _ in find_targets(model, giva.target_modules, heads))
+            giva = replace(giva, target_modules=tuple(name for name in named if chosen.leaves_in(name)))
+        chosen.bases, chosen.seed = calibrate(model, batches, loss_fn or _mean_loss, giva, exclude=heads), giva.seed
+        return chosen
 
 
 def _mean_loss(model: nn.Module, batch: Any) -> tuple[Any, int]:

@@ -67,7 +67,7 @@ class GivaModel(BaseTuner):
                 )
             return peft_config
         if peft_config.target_modules is None or peft_config.target_modules == _ALL_LINEAR:
-            peft_config.target_modules = set(bases.layers)
+            peft_config.target_modules = {name for name in bases.layers if peft_config.leaves_in(name)}
         used = self._used(peft_config, bases)
         digest = bases.digest if len(used) == len(bases.layers) else bases_digest(used, bases.init)
         _same_digest(digest, peft_config.bases_digest, "the settings are those of an adapter with other bases")

@@ -173,6 +173,40 @@ def test_a_part_of_the_layers_can_be_adapted(tmp_path):
     assert everything.bases_digest == bases.digest
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"exclude_modules": ["value"]}, {"0.attention.self.query", "1.attention.self.query"}),
+        ({"exclude_modules": r".*\.1\..*"}, {"0.attention.self.query", "0.attention.self.value"}),
+        ({"layers_to_transform": [1], "layers_pattern": "layer"}, {"1.attention.self.query", "1.attention.self.value"}),
+    ],
+)
+def test_layers_are_left_out_as_with_lora_and_not_calibrated(tmp_path, settings, expected):
+    base = model_of("bert")
+    batch = {"input_ids": torch.arange(1, 25).view(4, 6)}
+
+    def loss(model, batch):
+        return model(**batch).last_hidden_state.square().sum(), 4
+
+    targets = {"r": 2, "target_modules": ["query", "value"], **settings}
+    config = GivaPeftConfig.calibrate(base, [batch], loss, **targets)
+    assert {name.removeprefix("encoder.layer.") for name in config.bases.layers} == expected
+    lora = peft.get_peft_model(model_of("bert"), peft.LoraConfig(**targets))
+    model = peft.get_peft_model(base, config).eval()
+    assert layer_names(model) == layer_names(lora) == {f"base_model.model.encoder.layer.{name}" for name in expected}
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(loaded("bert", tmp_path)), output(model))
+    chosen = GivaPeftConfig(bases=bases_for(model_of("bert"), ("query", "value")), **settings)  # of all those
+    assert layer_names(peft.get_peft_model(model_of("bert"), chosen)) == layer_names(lora)
+
+
+def layer_names(model):
+    return {
+        name for name, module in model.named_modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
+    }
+
+
 def test_what_cannot_be_adapted_is_refused():
     bases = bases_for(model_of("mlp"), ("lin0",))
     with pytest.raises(BasesError, match=r"needs bases.*GivaPeftConfig.calibrate"):
