@@ -105,6 +105,17 @@ def _method(config: RunConfig, layers: int) -> str:
     return SOURCES[config.method] + (f", rank {config.rank}{alpha}" if config.rank else "")
 
 
+def _labelled(task: TaskConfig) -> list[str]:
+    """Code that reads the base model's configuration, with the labels: PEFT's format has no place for them."""
+    if task.kind == "regression":
+        return ["config = AutoConfig.from_pretrained(path, num_labels=1)"]
+    return [
+        f"labels = {list(task.labels)!r}",
+        'names = {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}',
+        "config = AutoConfig.from_pretrained(path, num_labels=len(labels), **names)",
+    ]
+
+
 def _merged_usage(config: RunConfig) -> str:
     is_image = config.task.kind == "image-classification"
     variable, processor = ("processor", "AutoImageProcessor") if is_image else ("tokenizer", "AutoTokenizer")
@@ -140,7 +151,7 @@ def _lora_usage(adapter: Adapter) -> str:
         *imports,
         "",
         f'path = "{config.model.path}"  # the base model',
-        f"config = AutoConfig.from_pretrained(path, num_labels={_outputs(config.task)})",
+        *_labelled(config.task),
         f"base = {name}.from_pretrained(path, config=config)",
         'model = PeftModel.from_pretrained(base, "this-folder")',
     ]

@@ -176,6 +176,8 @@ def test_the_card_s_code_runs(tmp_path, monkeypatch, head, kind):
     names: dict[str, object] = {}
     exec(code, names)
     torch.testing.assert_close(peft_logits(names["model"].eval(), trained), logits_of(trained), rtol=0, atol=1e-5)
+    if kind == "classification":
+        assert names["model"].config.id2label == dict(enumerate(config.task.labels))
 
 
 def test_what_is_no_lora_is_refused(tmp_path):
