@@ -33,6 +33,7 @@ from .types import BasesSet
 
 _BASES, _TASKS = "bases", "tasks"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def add_task(bank: str | Path, adapter_folder: str | Path, task: str) -> Path:
@@ -83,6 +84,12 @@ def add_task(bank: str | Path, adapter_folder: str | Path, task: str) -> Path:
             cause="a file that was put there by hand",
             remedy="remove this folder and add its tasks again",
         )
+    if (bank / _TASKS / task).exists():
+        raise CheckpointError(
+            f"the bank has a task '{task}' already",
+            got=str(bank / _TASKS / task),
+            remedy="give another name (on the command line with --name), or remove this folder",
+        )
     with new_folder(bank / _TASKS / task) as staged:
         for name in (ADAPTER_FILE, VECTORS_FILE):
             shutil.copyfile(source / name, staged / name)
@@ -107,6 +114,8 @@ def read_bases(bank: str | Path, digest: str) -> BasesSet:
     Raises:
         CheckpointError: They are not in the bank, or damaged.
     """
+    if not _DIGEST.fullmatch(digest):  # it came out of a file, and becomes part of a path
+        raise CheckpointError(f"'{digest}' is no digest of bases", expected="64 hexadecimal digits")
     return load_bases(Path(bank) / _BASES / digest)
 
 

@@ -174,11 +174,14 @@ def export_adapter(
         written = lora_to_folder(folder, output, model or (summary.config.model.path if summary else ""))
         note = f'Load it with peft.PeftModel.from_pretrained(model, "{written}").'
     else:
-        from giva_core.bank_files import add_task
+        from giva_core.bank_files import add_task, list_tasks
 
         name = name or (summary.config.name or summary.run_id if summary else folder.name)
         written = add_task(output, folder, name)
         note = f"Task '{name}' is in the bank {output}."
+        tasks = list_tasks(output)
+        if strangers := [task for task, digest in tasks.items() if digest != tasks[name]]:
+            note += f" {len(strangers)} of its {len(tasks)} tasks are on other bases ({strangers[0]}): open them apart."
     data = {"adapter": folder, "format": form, "model": model, "output": written, "task": name}
     return Report("adapter-export", data, notes=(f"Wrote {written}.", note))
 

@@ -258,8 +258,10 @@ def test_files_that_do_not_fit_are_refused(config, tmp_path):
         AdapterBank.open(other, bank)
     with pytest.raises(CheckpointError, match="no task 'hart'"):
         AdapterBank.open(load_task_model(config), bank, ["hart"])
-    with pytest.raises(CheckpointError, match="not empty"):
+    with pytest.raises(CheckpointError, match=r"a task 'heart' already.*--name"):
         bank_files.add_task(bank, tmp_path / "heart", "heart")
+    with pytest.raises(CheckpointError, match="no digest of bases"):
+        bank_files.read_bases(bank, "../heart")
     with pytest.raises(CheckpointError, match="no name for a task"):
         bank_files.add_task(bank, tmp_path / "heart", "../heart")
     with pytest.raises(CheckpointError, match="no tasks"):

@@ -223,7 +223,20 @@ def test_adapter_export_puts_tasks_into_a_bank(
     assert giva(*export, "--name", "second").exit_code == 0
     assert bank_files.list_tasks(bank) == {name: bases.digest, "second": bases.digest}
     taken, wrong = giva(*export), giva(*export, "--name", "../out")
-    assert taken.exit_code == wrong.exit_code == 1 and "--name" in wrong.stderr
+    assert taken.exit_code == wrong.exit_code == 1 and "--name" in wrong.stderr and "--name" in taken.stderr
+
+
+def test_adapter_export_tells_of_tasks_on_other_bases(
+    giva: Callable[..., Result], finished: tuple[RunStore, str, BasesSet, Arrays], tmp_path: Path
+) -> None:
+    store, run_id, bases, arrays = finished
+    turned = {name: replace(pair, B=np.ascontiguousarray(-pair.B)) for name, pair in bases.layers.items()}
+    others = BasesSet(turned, "rand", bases_digest(turned, "rand"))
+    other = checkpoint.save_adapter(tmp_path / "other", others, arrays, store.run(run_id).config)
+    export = ("--format", "giva", "--output", tmp_path / "bank")
+    assert "other bases" not in giva("adapter", "export", other, *export).stdout
+    told = " ".join(giva("adapter", "export", run_id, *export, "--name", "second").stdout.split())
+    assert "1 of its 2 tasks are on other bases (other)" in told
 
 
 def test_adapter_export_merges_as_merge_does(
