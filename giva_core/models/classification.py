@@ -123,6 +123,7 @@ class SequenceClassifier(TaskModel):
             max_length=min(max_length, self.max_positions),
             return_attention_mask=False,
             return_token_type_ids=self._takes_segments,
+            split_special_tokens=True,  # a text that spells one is a text: T5 counts the ends of its rows
         )
         return [dict(zip(encoded.keys(), row, strict=True)) for row in zip(*encoded.values(), strict=True)]
 

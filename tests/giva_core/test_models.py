@@ -183,6 +183,12 @@ def test_encode_and_collate(tmp_path):
     assert task.encode([]) == []
 
 
+def test_a_text_that_spells_a_special_token_has_none_of_it(tmp_path):
+    task = load_task_model(config_for(write_model(tmp_path)))
+    ends = task.processor.sep_token_id
+    assert task.encode([f"a {task.processor.sep_token} b"])[0]["input_ids"].count(ends) == 1
+
+
 @pytest.mark.parametrize(("kind", "positions"), [("bert", 42), ("roberta", 41), ("modernbert", 42)])
 def test_texts_are_cut_and_padded_to_what_the_model_takes(tmp_path, kind, positions):
     task = load_task_model(config_for(write_model(tmp_path, kind)))
