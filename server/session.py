@@ -112,7 +112,8 @@ class Session:
                 f"too few sites {what}",
                 got=outcomes(records),
                 expected=f"at least {count} sites",
-                remedy=f"see to the sites named, then continue with `giva run resume {self.run_id}`",
+                remedy=f"see to the sites named, then continue with `giva run resume {self.run_id}`; "
+                f'a run of `flwr run` with the line resume = "{self.run_id}" on top of its file',
             )
 
     def next_number(self, phase: str) -> int:

@@ -107,6 +107,7 @@ def _data_folder(folder: Path | None, config: RunConfig) -> Path:
             "there are no training rows",
             got=str(found),
             expected=f"a folder with {config.data.train_file}",
-            remedy="name the folder with --data",
+            cause="rows in a file of another name, such as rows.csv",
+            remedy="name the folder with --data, and the file in it with data.train-file",
         )
     return found
