@@ -78,7 +78,7 @@ ROWS = {
     "fed-sb": _rated(
         "LoRA-XS r=8, federated bases", (2e-3, 5e-3, 2e-2, 5e-2), method="lora-xs", **{"lora_xs.bases": "gradient"}
     ),
-    "full": _rated("all weights", (1e-5, 3e-5, 1e-4, 3e-4), method="full"),
+    "full": _rated("all weights", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), method="full"),
     "head": Row(
         "frozen encoder, head alone",
         {"method": "head", "rounds.head-rounds": 0, "rounds.num-rounds": 20, "train.local-epochs": 1.0},
@@ -125,7 +125,7 @@ TUNED: dict[str, dict[str, dict[str, Any]]] = {
         "randlora": {"train.learning-rate": 5e-4},
         "lora-xs": {"train.learning-rate": 2e-2},
         "fed-sb": {"train.learning-rate": 5e-3},
-        "full": {"train.learning-rate": 1e-4},
+        "full": {"train.learning-rate": 3e-4},
         "head": {"train.head-learning-rate": 5e-3, "train.head-epsilon": 1e-2},
     },
     "sentiment": {

@@ -180,6 +180,8 @@ def _read(reply: Message, site: str, node_id: int, down: int) -> Answer:
         return Answer(site, node_id, None, "failed", reason[:500], down, up)
     try:
         payload = from_content(reply.content)
+        for record in reply.content.values():
+            record.clear()  # Flower's views of a message hold each other: its arrays would wait for the collector
     except Exception as error:  # bytes of a stranger: whatever is wrong with them is that site's failure, not the run's
         return Answer(site, node_id, None, "failed", f"unreadable answer: {type(error).__name__}", down, up)
     return Answer(site, node_id, payload, "ok", "", down, up)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -264,6 +267,23 @@ def test_large_answers_are_pulled_a_few_at_a_time(
     answers = ask(Counted(), NODES, "query.hello", QUESTION, deadline_seconds=60.0, answer_bytes=answer_bytes)
     assert [answer.status for answer in answers] == ["ok"] * 3
     assert asked_for[0] == max(asked_for) == at_once
+
+
+def test_arrays_that_were_taken_do_not_wait_for_the_collector() -> None:
+    class Noting(ScriptedGrid):
+        arrays: ClassVar[list[weakref.ref[Array]]] = []
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            replies = list(super().pull_messages(message_ids))
+            self.arrays += [weakref.ref(array) for reply in replies for array in reply.content["arrays"].values()]
+            return replies
+
+    gc.disable()
+    try:
+        ask(Noting(), NODES, "query.hello", QUESTION, deadline_seconds=60.0, take=lambda a: replace(a, payload=None))
+        assert len(Noting.arrays) == len(NODES) and not any(array() for array in Noting.arrays)
+    finally:
+        gc.enable()
 
 
 def test_looks_that_find_nothing_take_half_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
