@@ -4,10 +4,12 @@
     python benchmarks/basis.py --study data       300 and 3,000 questions, r = 8
     python benchmarks/basis.py --study head       1,000, calibrated without head rounds before, r = 8
     python benchmarks/basis.py --study answers    a language model that writes answers, three sites, r = 8
+    python benchmarks/basis.py --study rank answers --plot basis.png
     python benchmarks/basis.py --study energy     how much of the gradient A holds, at the start and after training
 
 The loss on the validation rows after an eighth, a half and all of the run (answers: a half and all); every line is at
-the rate of its grid with the lowest loss at the end. Runs are kept and found as in `accuracy.py`.
+the rate of its grid with the lowest loss at the end of seed 0, and further seeds are run at that rate alone. Runs are
+kept and found as in `accuracy.py`. The plot has the last loss against the rate.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +52,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "gradient": ({}, (0.02, 0.05, 0.1)),
     "random": ({"giva.bases": "random"}, (0.05, 0.1, 0.2)),
     "rowalign": ({"giva.init": "rowalign"}, (0.003, 0.01, 0.03)),
+}
+
+
+#: Label, colour and mark in the plot.
+PLOTTED = {
+    "gradient": ("A from the gradient", "#0b6e4f", "o"),
+    "random": ("A from the seed", "#555555", "s"),
+    "rowalign": ("row-aligned B", "#c77d0a", "^"),
 }
 
 
@@ -84,7 +95,7 @@ STUDIES: dict[str, tuple[Case, ...]] = {
     "rank": (_ranked(1, 3.0), _ranked(8, 1.0), _ranked(64, 0.4)),
     "data": tuple(Case(f"{n} questions", replace(MEDICAL, examples=n), {}) for n in (300, 3000)),
     "head": (Case("no head rounds", SMALL, {"rounds.head-rounds": 0}),),
-    "answers": (Case("answers", ANSWERS, {}, central=False, rates=ANSWERS_RATES),),
+    "answers": (Case("language model", ANSWERS, {}, central=False, rates=ANSWERS_RATES),),
 }
 
 
@@ -100,14 +111,14 @@ class Line:
     metric: float
 
 
-def jobs_of(case: Case, variants: Iterable[str], seed: int) -> list[Job]:
-    """Every variant at every rate of its grid."""
+def jobs_of(case: Case, variants: Iterable[str]) -> list[Job]:
+    """Every variant at every rate of its grid, on seed 0."""
     jobs = []
     for variant in variants:
         settings, rates = VARIANTS[variant]
         for rate in case.rates.get(variant, rates):
             flat = {**case.settings, **settings, "train.learning-rate": round(rate * case.scale, 4)}
-            jobs.append(Job(f"basis-{variant}", case.dataset, seed, flat, case.central))
+            jobs.append(Job(f"basis-{variant}", case.dataset, 0, flat, case.central))
     return jobs
 
 
@@ -120,9 +131,17 @@ def losses_of(job: Job) -> tuple[tuple[float, ...], float]:
     return tuple(loss for _, loss in found), metric
 
 
-def measure(study: str, variants: Sequence[str], seeds: int, processes: int) -> list[Line]:
-    """All lines of a study, at all rates."""
-    places = [(case, job) for seed in range(seeds) for case in STUDIES[study] for job in jobs_of(case, variants, seed)]
+def measure(studies: Sequence[str], variants: Sequence[str], seeds: int, processes: int) -> list[Line]:
+    """All lines of the studies: at all rates on seed 0, at the best of these on the others."""
+    places = [(case, job) for study in studies for case in STUDIES[study] for job in jobs_of(case, variants)]
+    tuned = _lines(places, processes)
+    job_of = {line: place for line, place in zip(tuned, places, strict=True)}
+    chosen = [job_of[line] for line in best_of(tuned).values()]
+    again = [(case, replace(job, seed=seed)) for seed in range(1, seeds) for case, job in chosen]
+    return tuned + _lines(again, processes)
+
+
+def _lines(places: Sequence[tuple[Case, Job]], processes: int) -> list[Line]:
     found = run_all(losses_of, [job for _, job in places], processes)
     return [
         Line(
@@ -137,17 +156,28 @@ def measure(study: str, variants: Sequence[str], seeds: int, processes: int) -> 
     ]
 
 
+def best_of(lines: Iterable[Line]) -> dict[tuple[str, str], Line]:
+    """The line of seed 0 with the lowest last loss, by case and variant."""
+    found: dict[tuple[str, str], Line] = {}
+    for line in lines:
+        place = line.case, line.variant
+        if line.seed == 0 and (place not in found or line.losses[-1] < found[place].losses[-1]):
+            found[place] = line
+    return found
+
+
 def table(lines: Sequence[Line]) -> str:
     """Case by case, every variant at its best rate, and its loss against A from the gradient, seed by seed."""
     rows = [
         f"{'':<18} {'A, B':<10} {'rate':>7} {'loss along the run, to its end':>32} {'accuracy':>9}  against gradient"
     ]
+    chosen = best_of(lines)
     for label in dict.fromkeys(line.case for line in lines):
-        best = {}
-        for variant in dict.fromkeys(line.variant for line in lines):
-            mine = [line for line in lines if (line.case, line.variant) == (label, variant)]
-            by_rate = {rate: [line for line in mine if line.rate == rate] for rate in {line.rate for line in mine}}
-            best[variant] = min(by_rate.values(), key=lambda items: statistics.fmean(item.losses[-1] for item in items))
+        best = {
+            variant: [line for line in lines if (line.case, line.variant, line.rate) == (label, variant, one.rate)]
+            for (case, variant), one in chosen.items()
+            if case == label
+        }
         for variant, items in best.items():
             means = [statistics.fmean(item.losses[k] for item in items) for k in range(len(items[0].losses))]
             pairs = [mine.losses[-1] - other.losses[-1] for mine, other in zip(items, best["gradient"], strict=True)]
@@ -157,6 +187,31 @@ def table(lines: Sequence[Line]) -> str:
                 f"{statistics.fmean(item.metric for item in items):>9.4f}  {against}".rstrip()
             )
     return "\n".join(rows)
+
+
+def plot(lines: Sequence[Line], path: Path) -> None:
+    """The last loss against the rate on seed 0, a panel for each case."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+    cases = list(dict.fromkeys(line.case for line in lines))
+    figure = Figure(figsize=(3.2 * len(cases), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
+        for variant, (label, colour, marker) in PLOTTED.items():
+            mine = sorted((o.rate, o.losses[-1]) for o in lines if (o.case, o.variant, o.seed) == (case, variant, 0))
+            if mine:
+                axes.plot(*zip(*mine, strict=True), color=colour, marker=marker, label=label)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(sorted({o.rate for o in lines if o.case == case})))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.tick_params("x", rotation=90)
+        axes.set(title=case, xlabel="learning rate")
+    figure.axes[0].set_ylabel("validation loss at the end")
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
 
 
 # -- energy -----------------------------------------------------------------------------------------------------------
@@ -212,13 +267,16 @@ def energies(rounds: Sequence[int], batches: int = 8) -> list[Energy]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", choices=[*STUDIES, "energy"], default="rank")
+    parser.add_argument("--study", nargs="+", choices=[*STUDIES, "energy"], default=["rank"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--plot", type=Path, help="a PNG of the last loss against the rate")
     parser.add_argument("--json", action="store_true", help="one line of JSON with all rates instead of the table")
     options = parser.parse_args()
-    if options.study == "energy":
+    if "energy" in options.study:
+        if len(options.study) > 1:
+            parser.error("energy is a study of its own")
         shares = energies((0, 1, 4, 8))
         if options.json:
             print(json.dumps([asdict(item) for item in shares]))
@@ -229,6 +287,8 @@ def main() -> None:
         return
     variants = list(dict.fromkeys(["gradient", *options.variants]))
     lines = measure(options.study, variants, options.seeds, options.jobs)
+    if options.plot:
+        plot(lines, options.plot)
     print(json.dumps([asdict(line) for line in lines]) if options.json else table(lines))
 
 
