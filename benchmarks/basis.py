@@ -190,7 +190,7 @@ def table(lines: Sequence[Line]) -> str:
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
-    """The last loss against the rate on seed 0, a panel for each case."""
+    """The last loss above the lowest of its case, against the rate, on seed 0; a panel for each case, one scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
@@ -198,18 +198,20 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     cases = list(dict.fromkeys(line.case for line in lines))
     figure = Figure(figsize=(3.2 * len(cases), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
+    panels = figure.subplots(1, len(cases), squeeze=False, sharey=True)[0]
+    for axes, case in zip(panels, cases, strict=True):
+        lowest = min(line.losses[-1] for line in lines if line.case == case and line.seed == 0)
         for variant, (label, colour, marker) in PLOTTED.items():
-            mine = sorted((o.rate, o.losses[-1]) for o in lines if (o.case, o.variant, o.seed) == (case, variant, 0))
-            if mine:
+            of_variant = [line for line in lines if (line.case, line.variant, line.seed) == (case, variant, 0)]
+            if mine := sorted((line.rate, line.losses[-1] - lowest) for line in of_variant):
                 axes.plot(*zip(*mine, strict=True), color=colour, marker=marker, label=label)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator(sorted({o.rate for o in lines if o.case == case})))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.tick_params("x", rotation=90)
-        axes.set(title=case, xlabel="learning rate")
-    figure.axes[0].set_ylabel("validation loss at the end")
+        axes.set(title=f"{case}, lowest {lowest:.3f}", xlabel="learning rate")
+    figure.axes[0].set_ylabel("validation loss above the lowest")
     figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=150)
 
