@@ -18,6 +18,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -224,21 +225,26 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, items in _by_row(outcomes).items():
-        if name in ("svm", "giva-central") or items[0].total_bytes is None:
-            continue
-        values = [item.accuracy for item in items]
-        mean, spent = statistics.fmean(values), items[0].total_bytes / 2**20
-        ours = name.startswith("giva")
-        spread = [[mean - min(values)], [max(values) - mean]]
-        axes.errorbar(spent, mean, yerr=spread, fmt="o", color="#0b6e4f" if ours else "#555555", capsize=2, lw=1)
-        axes.annotate(name, (spent, mean), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    shown = [
+        (items[0].total_bytes / 2**20, name, [item.accuracy for item in items])
+        for name, items in _by_row(outcomes).items()
+        if name not in ("svm", "giva-central") and items[0].total_bytes is not None
+    ]
+    for spent, name, values in shown:
+        mean, low, high = statistics.fmean(values), min(values), max(values)
+        colour = "#0b6e4f" if name.startswith("giva") else "#555555"
+        axes.errorbar(spent, mean, yerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=2, lw=1)
+        others = [(abs(math.log(one[0] / spent)), max(one[2])) for one in shown if one[1] != name]
+        above = not others or high > min(others)[1]  # than the nearest: the two have their names at different ends
+        at, align = ((spent, high), "bottom") if above else ((spent, low), "top")
+        shift = (0, 3 if above else -3)
+        axes.annotate(name, at, shift, textcoords="offset points", fontsize=8, ha="center", va=align)
     for name, style in (("giva-central", "--"), ("svm", ":")):
         if items := _by_row(outcomes).get(name, []):
             mean = statistics.fmean([item.accuracy for item in items])
             axes.axhline(mean, color="#999999", ls=style, lw=1)
             label = "central GiVA" if name == "giva-central" else "TF-IDF + SVM"
-            axes.annotate(label, (0.01, mean), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+            axes.annotate(label, (0.99, mean), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=8)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
