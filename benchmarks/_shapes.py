@@ -20,7 +20,7 @@ from giva_core.inject import adapted_layers, inject
 from giva_core.types import Bases, BasesSet, LayerShape
 
 VISION = r".*\.(query|key|value|[qkv]_proj|fc1|fc2)"  # the names changed in transformers 5
-LABELS = 18
+LABELS = 100  # more than the ranks: the last layer's gradient in CLIP's tower has rank LABELS - 1 at most
 #: Off: they cost all methods the same, and calibration, in eval mode, nothing.
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "drop_path_rate")
 
@@ -138,7 +138,8 @@ def random_bases(layers: Sequence[LayerShape], ranks: Sequence[int]) -> BasesSet
 class Osora(nn.Module):
     """`y = base(x) + o ∘ U (s ∘ (Vᵀ x))`, U and V frozen singular vectors of the base weight, o and s trained.
 
-    OSoRA as its paper writes it; it takes `U S Vᵀ` off the base weight before, which costs nothing in a step.
+    OSoRA as its paper writes it; it takes `U S Vᵀ` off the base weight before, which costs nothing in a step. The
+    vectors are those of a short randomised SVD: a step takes as long with them, and the whole SVD of a 7B model hours.
     """
 
     U: Tensor
@@ -148,11 +149,10 @@ class Osora(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         weight: Tensor = base_layer.weight  # type: ignore[assignment]
-        U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
-        r = min(r, len(S))
-        self.register_buffer("U", U[:, :r].to(weight.dtype).contiguous())
-        self.register_buffer("Vh", Vh[:r].to(weight.dtype).contiguous())
-        self.s = nn.Parameter(S[:r].to(weight.dtype))
+        U, S, V = torch.svd_lowrank(weight.float(), q=min(r, *weight.shape), niter=1)
+        self.register_buffer("U", U.to(weight.dtype).contiguous())
+        self.register_buffer("Vh", V.T.to(weight.dtype).contiguous())
+        self.s = nn.Parameter(S.to(weight.dtype))
         self.o = nn.Parameter(torch.ones(len(weight), dtype=weight.dtype, device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,7 +178,9 @@ def _osora(model: nn.Module, layers: tuple[LayerShape, ...], bases: BasesSet, r:
 def _by_peft(config: type, **options: Any) -> Method:
     def add(model: nn.Module, layers: tuple[LayerShape, ...], bases: BasesSet, r: int) -> nn.Module:
         settings = config(r=r, target_modules=[layer.name for layer in layers], **options)
-        model = peft.get_peft_model(model, settings).base_model.model  # without the wrapper, which costs time
+        # in the weights' type: PEFT's default of float32 would compute, and keep, a float32 copy of every layer's input
+        wrapped = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+        model = wrapped.base_model.model  # without the wrapper, which costs time
         if hasattr(model, "head"):
             model.head.requires_grad_(True)
         return model

@@ -7,10 +7,11 @@
 Every method adapts the same layers of the same model, which has a known shape and random weights, and takes the same
 batch: forward, backward, clipping, AdamW. All methods take their steps in turn; a ratio is the median of the ratios
 repetition by repetition, and seconds are the processor's on a CPU, so that what else the machine does falls out.
-`frozen` is forward and backward through the model without an adapter, the floor. Activations are what autograd keeps
-between forward and backward above that floor, weights left out; on a GPU the peak of allocated memory during a step
-stands beside them. `speed` is the share of a plain matrix product's speed on the same device. Bases are random unless
-`--bases` asks for calibrated ones.
+`frozen` is forward and backward through the model without an adapter, the floor, from the first adapted layers' outputs
+on. Activations are what autograd keeps between forward and backward above that floor, weights left out; on a GPU the
+peak of allocated memory during a step stands beside them, and a method that does not fit is left out. PEFT's adapters
+are of the weights' type. `speed` is the share of a plain matrix product's speed on the same device. Bases are random
+unless `--bases` asks for calibrated ones.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that waits takes
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from _shapes import METHODS, SHAPES, Batch, Shape, build, make_batch, random_bases, sharing_copy, tokens_of
+from _shapes import METHODS, SHAPES, Batch, build, make_batch, random_bases, sharing_copy, tokens_of
 from _timing import Work, in_turn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from giva_core import adapt, calibration
 from giva_core.config import GivaConfig
+from giva_core.errors import BasesError
 from giva_core.inject import layer_shapes
 from giva_core.sketch import sketch_pass
+from giva_core.types import LayerShape
 from server.cli.result import bytes_text
 
 FLOOR, REFERENCE = "frozen", "lora"
@@ -111,14 +114,15 @@ def measure(name: str, methods: Sequence[str], options: argparse.Namespace) -> R
     def loss_fn(net: nn.Module, inputs: Batch) -> tuple[Tensor, int]:
         return net(**inputs), examples
 
-    bases_seconds = None
+    bases, bases_seconds = random_bases(layers, ranks), None
     if options.bases:
         started = time.perf_counter()
-        bases = adapt.calibrate(model, [batch], loss_fn, giva, exclude=exclude)
-        bases_seconds = time.perf_counter() - started
-    else:
-        bases = random_bases(layers, ranks)
-    frozen = frozen_pass(model, shape, batch)
+        try:
+            bases = adapt.calibrate(model, [batch], loss_fn, giva, exclude=exclude)
+            bases_seconds = time.perf_counter() - started
+        except BasesError as error:  # few examples of a model with random weights: a gradient of low rank
+            print(f"{name}: random bases instead of calibrated ones; {error}", file=sys.stderr)
+    frozen = frozen_pass(model, layers, batch)
     [stage, *_] = calibration.stages(giva)
     multipliers = calibration.multipliers(stage, layers, ranks, giva, None)
     work: dict[str, Work] = {
@@ -134,7 +138,13 @@ def measure(name: str, methods: Sequence[str], options: argparse.Namespace) -> R
         trained[method] = sum(p.numel() for p in adapted.parameters() if p.requires_grad) - head
     with FlopCounterMode(display=False) as counter:
         frozen()
-    kept = {key: kept_bytes(work[key], models[key]) for key in models}
+    kept = {}
+    for key in models:
+        try:
+            kept[key] = kept_bytes(work[key], models[key])
+        except torch.OutOfMemoryError:
+            print(f"{name}: {key} is left out, the memory does not suffice", file=sys.stderr)
+            del work[key]
     peaks = {key: peak_bytes(run, device) for key, run in work.items()}
     seconds = in_turn(work, options.repeats, lambda run: _seconds(run, device))
     limit = product_speed(device, dtype)
@@ -142,7 +152,7 @@ def measure(name: str, methods: Sequence[str], options: argparse.Namespace) -> R
     def ratio(key: str, to: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[key], seconds[to], strict=True))
 
-    above = {key: kept[key] - kept[FLOOR] for key in methods}
+    above = {key: kept[key] - kept[FLOOR] for key in methods if key in kept}
     found = {
         key: Measured(
             METHODS[key][1],
@@ -154,7 +164,7 @@ def measure(name: str, methods: Sequence[str], options: argparse.Namespace) -> R
             peaks[key],
             counter.get_total_flops() / statistics.median(seconds[key]) / limit,
         )
-        for key in methods
+        for key in above
     }
     return Report(
         name,
@@ -190,16 +200,21 @@ def step(model: nn.Module, batch: Batch) -> Work:
     return run
 
 
-def frozen_pass(model: nn.Module, shape: Shape, batch: Batch) -> Work:
-    """Forward, and backward to the first block's input."""
-    embedding = next(module for name, module in model.named_modules() if name.endswith(("embeddings", "embed_tokens")))
+def frozen_pass(model: nn.Module, layers: Sequence[LayerShape], batch: Batch) -> Work:
+    """Forward, and backward as far as adapters ask for it: to the outputs of the first adapted layers."""
+    modules = [model.get_submodule(layer.name) for layer in layers]
+
+    def ask(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_(True)
 
     def run() -> None:
-        handle = embedding.register_forward_hook(lambda *call: call[2].detach().requires_grad_(True))
+        handles = [module.register_forward_hook(ask) for module in modules]
         try:
             model(**batch).backward()
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
             model.zero_grad()
 
     return run
