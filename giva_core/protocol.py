@@ -44,7 +44,7 @@ from .types import Arrays, ClientUpdate, LayerShape, ModelSchema, SiteEvaluation
 from .wire import PLAIN, Coding
 
 #: Raised with every change of a message's form; the server turns away sites of another version.
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 HELLO, STATE, FINISH = "query.hello", "query.state", "query.finish"
 HEAD, CALIBRATE, BASES, ROUND = "train.head", "train.calibrate", "train.bases", "train.round"
@@ -156,28 +156,48 @@ class TrainRequest:
 
 def coding_of(precision: str, schema: ModelSchema, initial_state: Arrays) -> Coding:
     """The form of a run's numbers; server and sites know the run's start, the sites by having made it themselves."""
-    return PLAIN if precision == "float32" else Coding(precision, {**initial_vectors(schema), **initial_state})
+    return Coding(precision, {**initial_vectors(schema), **initial_state})
 
 
-def global_to_payload(arrays: Arrays, schema: ModelSchema, bases_digest: str, coding: Coding = PLAIN) -> Payload:
-    """The global arrays as a message: everything trained, residuals where there are any, and a digest where rounded."""
+def global_to_payload(
+    arrays: Arrays, schema: ModelSchema, bases_digest: str, coding: Coding = PLAIN, is_head: bool = False
+) -> Payload:
+    """The global arrays as a message: everything trained, residuals where there are any, and a digest where rounded.
+
+    Args:
+        arrays: By name.
+        schema: What the model has.
+        bases_digest: Empty before calibration, when there are no vectors.
+        coding: How numbers travel.
+        is_head: In head rounds another method's adapter is still at its start, which every site has made by itself: it
+            does not travel.
+    """
     columns = residual_columns(arrays)
     shapes = global_shapes(schema, bases_digest, columns)
-    message = wire.encode(arrays, list(shapes), coding.precision, coding.start)
+    sent = _without(schema.adapter, shapes) if is_head else shapes
+    message = wire.encode(arrays, list(sent), coding.precision, coding.start)
     values: dict[str, Value] = {"bases": bases_digest, "residual": columns}
+    if len(sent) < len(shapes):
+        values["head-only"] = True
     if not coding.is_plain:
-        values["digest"] = arrays_digest(wire.decode(message, shapes, coding.precision, coding.start))
+        values["digest"] = arrays_digest(_decoded(message, shapes, sent, coding))
     return Payload(message, values)
 
 
-def global_from_payload(payload: Payload, schema: ModelSchema, coding: Coding = PLAIN) -> Arrays:
+def global_from_payload(payload: Payload, schema: ModelSchema, coding: Coding) -> Arrays:
     """The inverse of `global_to_payload`, but for rounding.
+
+    Args:
+        payload: The message.
+        schema: What the model has.
+        coding: How numbers travel, with the run's start, which what does not travel is still at.
 
     Raises:
         ProtocolError: The message does not fit the schema, or the site counts from another start than the server.
     """
     shapes = global_shapes(schema, payload.text("bases"), payload.integer("residual"))
-    arrays = wire.decode(payload.arrays, shapes, coding.precision, coding.start)
+    is_head = "head-only" in payload.values and payload.flag("head-only")
+    arrays = _decoded(payload.arrays, shapes, _without(schema.adapter, shapes) if is_head else shapes, coding)
     if not coding.is_plain and arrays_digest(arrays) != payload.text("digest"):
         raise ProtocolError(
             "what this site was sent does not come out as the server has it",
@@ -186,6 +206,17 @@ def global_from_payload(payload: Payload, schema: ModelSchema, coding: Coding = 
             public="the global arrays have another digest than the server says",
         )
     return arrays
+
+
+def _without(names: Sequence[str], shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    left_out = set(names)
+    return {name: shape for name, shape in shapes.items() if name not in left_out}
+
+
+def _decoded(message: Arrays, shapes: Shapes, sent: Shapes, coding: Coding) -> Arrays:
+    """What was sent, and the run's start for the rest, in the order of `shapes`."""
+    found = wire.decode(message, sent, coding.precision, coding.start)
+    return {name: found[name] if name in found else coding.start[name] for name in shapes}
 
 
 def global_shapes(schema: ModelSchema, bases_digest: str, columns: int = 0) -> dict[str, tuple[int, ...]]:
@@ -219,7 +250,7 @@ def trained_names(schema: ModelSchema, factor: str, bases_digest: str) -> tuple[
 
 def train_to_payload(request: TrainRequest, schema: ModelSchema, factor: str, coding: Coding = PLAIN) -> Payload:
     """A request to train as a message."""
-    payload = global_to_payload(request.arrays, schema, request.bases_digest, coding)
+    payload = global_to_payload(request.arrays, schema, request.bases_digest, coding, factor == "head")
     values: dict[str, Value] = {
         "server-round": request.server_round,
         "total-rounds": request.total_rounds,
@@ -231,7 +262,7 @@ def train_to_payload(request: TrainRequest, schema: ModelSchema, factor: str, co
     return Payload(payload.arrays, {**payload.values, **values})
 
 
-def train_from_payload(payload: Payload, schema: ModelSchema, coding: Coding = PLAIN) -> TrainRequest:
+def train_from_payload(payload: Payload, schema: ModelSchema, coding: Coding) -> TrainRequest:
     """The inverse of `train_to_payload`."""
     digest = payload.text("bases")
     return TrainRequest(

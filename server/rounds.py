@@ -323,7 +323,8 @@ class Federation:
         left = {site: node_id for site, node_id in self.members.nodes().items() if site in due.waiting}
         if left:
             arrays = {**self.arrays, **self.residual}
-            payload = protocol.global_to_payload(arrays, self.session.schema, self.bases_digest, self._coding)
+            is_head = due.record.phase == "head"
+            payload = protocol.global_to_payload(arrays, self.session.schema, self.bases_digest, self._coding, is_head)
             hellos = self.members.hellos()
             answers = self.session.ask(left, protocol.EVALUATE, payload, f"evaluate-{due.record.round}")
             due.note(answers, hellos)

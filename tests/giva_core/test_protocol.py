@@ -14,6 +14,7 @@ from giva_core.config import GivaConfig
 from giva_core.errors import ProtocolError
 from giva_core.protocol import Hello, Payload, TrainRequest
 from giva_core.types import Arrays, ClientUpdate, LayerShape, ModelSchema, QuantisedSketch, SiteEvaluation
+from giva_core.wire import PLAIN
 
 SCHEMA = ModelSchema(
     (LayerShape("low", 7, 11), LayerShape("high", 5, 6)), (3, 2), {"head.weight": (2, 5), "head.bias": (2,), "t": ()}
@@ -221,8 +222,22 @@ def test_global_arrays_come_back(digest: str, residual: bool) -> None:
     arrays = filled(shapes)
     shuffled = dict(sorted(arrays.items()))
     payload = protocol.global_to_payload(shuffled, SCHEMA, digest)
-    assert_equal(protocol.global_from_payload(payload, SCHEMA), arrays)
+    assert_equal(protocol.global_from_payload(payload, SCHEMA, PLAIN), arrays)
     assert ("low.residual" in arrays) == residual and ("low.lambda_o" in arrays) == bool(digest)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_an_adapter_at_its_start_does_not_travel_in_head_rounds(precision: str) -> None:
+    schema = dataclasses.replace(SCHEMA, adapter=("head.weight",))
+    coding = protocol.coding_of(precision, schema, filled(schema.state))
+    arrays = {**filled(schema.state), "head.bias": np.array([0.5, -1], np.float32)}
+    payload = protocol.global_to_payload(arrays, schema, "", coding, is_head=True)
+    assert payload.arrays["state"].size == 3
+    found = protocol.global_from_payload(payload, schema, coding)
+    assert list(found) == list(schema.state) and np.array_equal(found["head.weight"], arrays["head.weight"])
+    np.testing.assert_allclose(found["head.bias"], arrays["head.bias"], atol=0.1)
+    assert protocol.global_to_payload(arrays, schema, "", coding).arrays["state"].size == 13
+    assert "head-only" not in protocol.global_to_payload(arrays, SCHEMA, "", coding, is_head=True).values
 
 
 def test_wire_order_is_vectors_state_residuals() -> None:
@@ -244,7 +259,7 @@ def test_global_arrays_of_another_length() -> None:
     payload = protocol.global_to_payload(filled(protocol.global_shapes(SCHEMA, "d", False)), SCHEMA, "d")
     payload.arrays["state"] = np.append(payload.arrays["state"], np.float32(0))
     with pytest.raises(ProtocolError, match="do not fit"):
-        protocol.global_from_payload(payload, SCHEMA)
+        protocol.global_from_payload(payload, SCHEMA, PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +285,7 @@ def test_request_comes_back(digest: str, residual: bool, factor: str) -> None:
         train_names=protocol.trained_names(SCHEMA, factor, digest),
         proximal_mu=0.25,
     )
-    found = protocol.train_from_payload(protocol.train_to_payload(request, SCHEMA, factor), SCHEMA)
+    found = protocol.train_from_payload(protocol.train_to_payload(request, SCHEMA, factor), SCHEMA, PLAIN)
     assert_equal(found.arrays, request.arrays)
     assert dataclasses.replace(found, arrays={}) == dataclasses.replace(request, arrays={})
 
