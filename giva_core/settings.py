@@ -105,6 +105,8 @@ def scalar(value: Any) -> Scalar:
 def _nearest(key: str, known: Mapping[str, Any]) -> str:
     import difflib
 
+    if same := [name for name in known if name.endswith(f".{key}")]:  # the section was left out
+        return " or ".join(f"'{name}'" for name in same)
     close = difflib.get_close_matches(key, known, n=1)
     return f"'{close[0]}'" if close else f"one of {', '.join(sorted(known))}"
 
@@ -146,12 +148,14 @@ def _names(key: str, value: Any) -> tuple[str, ...]:
         return ()
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            names = json.loads(value)
         except json.JSONDecodeError:
-            value = None
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-        raise ConfigError(f"{key} is not a list of names", got=repr(value), expected='e.g. ["query", "value"]')
-    return tuple(value)
+            names = None
+    else:
+        names = value
+    if not isinstance(names, list | tuple) or not all(isinstance(item, str) for item in names):
+        raise ConfigError(f"{key} is not a list of names", got=repr(value), expected='e.g. ["first", "second"]')
+    return tuple(names)
 
 
 def _check_limits(key: str, value: Any, limits: Mapping[str, Any]) -> None:

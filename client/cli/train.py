@@ -103,11 +103,14 @@ def _check_free(output: Path) -> None:
 def _data_folder(folder: Path | None, config: RunConfig) -> Path:
     found = folder or (expand(config.data.folder) if config.data.folder else None)
     if found is None or not (found / config.data.train_file).exists():
+        sites = sorted(found.glob(f"*/{config.data.train_file}")) if found else []
         raise ConfigError(
             "there are no training rows",
-            got=str(found),
+            got=str(found) if found else None,
             expected=f"a folder with {config.data.train_file}",
-            cause="rows in a file of another name, such as rows.csv",
-            remedy="name the folder with --data, and the file in it with data.train-file",
+            cause="this folder has a sub-folder for each site" if sites else "the rows are in a file of another name",
+            remedy=f"name one site's folder, as --data {sites[0].parent}"
+            if sites
+            else "name the folder with --data, and the file in it with --set data.train-file=NAME",
         )
     return found

@@ -15,6 +15,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from ..adapt import calibrate
 from ..checkpoint import load_bases
 from ..config import GivaConfig
+from ..errors import TargetError
 from ..sketch import LossFunction
 from ..targets import find_targets
 from ..types import BasesSet
@@ -152,6 +153,10 @@ class GivaPeftConfig(PeftConfig):
         if chosen.exclude_modules or chosen.layers_to_transform is not None:
             named = (name for name, _ in find_targets(model, giva.target_modules, heads))
             giva = replace(giva, target_modules=tuple(name for name in named if chosen.leaves_in(name)))
+            if not giva.target_modules:
+                raise TargetError(
+                    "exclude_modules and layers_to_transform leave no target", remedy="name fewer, or other ones"
+                )
         chosen.bases, chosen.seed = calibrate(model, batches, loss_fn or _mean_loss, giva, exclude=heads), giva.seed
         return chosen
 

@@ -34,6 +34,12 @@ def find_adapter(store: RunStore, target: str) -> tuple[Path, RunSummary | None]
         StoreError: There is neither such a folder nor such a run.
     """
     if Path(target).is_dir() or os.sep in target:
+        if _is_bank(Path(target)) or (Path(target).is_dir() and _is_bank(Path(target).resolve().parent.parent)):
+            raise CheckpointError(
+                f"{target} is a bank of tasks, or one of its tasks, and no adapter",
+                expected="the run's id, or the folder that the bank was exported from",
+                remedy="open a bank with giva_core.AdapterBank.open",
+            )
         return Path(target), None
     summary = store.run(target)
     folder = store.adapter_folder(summary.run_id)
@@ -43,6 +49,10 @@ def find_adapter(store: RunStore, target: str) -> tuple[Path, RunSummary | None]
             remedy="finish it with `giva run resume`, or name another run or a folder",
         )  # fmt: skip
     return folder, summary
+
+
+def _is_bank(folder: Path) -> bool:
+    return (folder / "tasks").is_dir() and (folder / "bases").is_dir()
 
 
 @click.group()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from giva_core.errors import CheckpointError
 from giva_core.report import Report, Table
 
 from .adapter import adapter_argument, find_adapter
@@ -52,13 +53,15 @@ def show_bases(store: RunStore, target: str) -> Report:
     """Show the bases of an adapter: shapes, digest, orthonormality."""
     import numpy as np
 
-    from giva_core.checkpoint import load_bases
+    from giva_core.checkpoint import BASES_FILE, load_bases, load_metadata
 
     def error_of(gram: np.ndarray) -> float:
         """`max |gram − I|`."""
         return float(np.abs(gram - np.eye(len(gram))).max())
 
     folder, _ = find_adapter(store, target)
+    if not (folder / BASES_FILE).exists() and not (known := load_metadata(folder)).bases_digest:
+        raise CheckpointError("the adapter has no bases", got=f"method '{known.config.method}'")
     found = load_bases(folder)
     layers = []
     for name, basis in found.layers.items():

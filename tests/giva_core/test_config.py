@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def test_wrong_type_is_refused(key: str, value: Any) -> None:
 
 @pytest.mark.parametrize("value", ["query", '{"a": 1}', "[1, 2]", [1, 2], "[broken"])
 def test_lists_are_lists_of_names(value: Any) -> None:
-    with pytest.raises(ConfigError, match=r"task\.labels is not a list of names"):
+    with pytest.raises(ConfigError, match=rf"task\.labels is not a list of names; got {re.escape(repr(value))}"):
         RunConfig.from_flat({"task.labels": value})
 
 
@@ -298,6 +299,13 @@ def test_a_section_comes_back_from_its_json() -> None:
     assert type(section).from_json(section.to_json()) == section
     with pytest.raises(ConfigError, match=r"there is no setting 'giva.ranks'; expected 'giva.rank'"):
         type(section).from_json('{"ranks": 3}')
+
+
+def test_a_setting_without_its_section_is_found() -> None:
+    with pytest.raises(ConfigError, match=r"no setting 'learning-rate'; expected 'train.learning-rate'\."):
+        RunConfig.from_flat({"learning-rate": 0.1})
+    with pytest.raises(ConfigError, match=r"expected 'giva.rank' or 'lora.rank' or"):
+        RunConfig.from_flat({"rank": 4})
 
 
 def test_replace_changes_what_is_named_and_checks_it() -> None:

@@ -218,6 +218,8 @@ def test_what_cannot_be_adapted_is_refused():
     wide = {"lin1": bases.layers["lin0"]}
     with pytest.raises(BasesError, match="do not fit the layer"):
         peft.get_peft_model(model_of("mlp"), GivaPeftConfig(bases=BasesSet(wide, "rand", bases_digest(wide, "rand"))))
+    with pytest.raises(TargetError, match="exclude_modules and layers_to_transform leave no target"):
+        GivaPeftConfig.calibrate(model_of("mlp"), [], target_modules=["lin0"], exclude_modules=["lin0"])
     embed = {"embed": bases.layers["lin0"]}
     with pytest.raises(TargetError, match="'embed' cannot be adapted"):
         peft.get_peft_model(model_of("mlp"), GivaPeftConfig(bases=BasesSet(embed, "rand", "ab" * 32)))

@@ -90,6 +90,8 @@ def test_train_alone(config_file, toy_folder, home):
     assert len(answer["rounds"]) == 6 and (output / "adapter.json").is_file()
     assert data_of(giva("adapter", "show", output, "--json", home=home))
     before = {file.name: file.read_bytes() for file in output.iterdir()}
+    federation = giva("train", config_file, "--data", toy_folder, "--output", home / "no", home=home, check=False)
+    assert f"name one site's folder, as --data {toy_folder / 'site-1'}" in federation.stderr
     again = giva("train", config_file, "--data", toy_folder / "site-1", "--output", output, home=home, check=False)
     assert again.returncode == 2 and "is there already" in again.stderr and "--force" in again.stderr
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before

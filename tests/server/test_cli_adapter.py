@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from giva_core import bank_files, checkpoint, selftest
 from giva_core.bases import bases_digest
+from giva_core.config import RunConfig
 from giva_core.protocol import arrays_digest
 from giva_core.types import Arrays, Bases, BasesSet
 from server.cli.main import cli
@@ -224,6 +225,9 @@ def test_adapter_export_puts_tasks_into_a_bank(
     assert bank_files.list_tasks(bank) == {name: bases.digest, "second": bases.digest}
     taken, wrong = giva(*export), giva(*export, "--name", "../out")
     assert taken.exit_code == wrong.exit_code == 1 and "--name" in wrong.stderr and "--name" in taken.stderr
+    for folder in (bank, bank / "tasks" / name):
+        for command in (("adapter", "show"), ("adapter", "verify"), ("bases", "show")):
+            assert "AdapterBank.open" in giva(*command, folder).stderr
 
 
 def test_adapter_export_tells_of_tasks_on_other_bases(
@@ -266,6 +270,12 @@ def test_bases_show(giva: Callable[..., Result], finished: tuple[RunStore, str, 
     assert [(layer["d_out"], layer["d_in"], layer["rank"]) for layer in data["layers"]] == [(7, 5, 3), (6, 9, 2)]
     assert all(layer["a_error"] < 1e-6 and layer["b_error"] < 1e-6 for layer in data["layers"])
     assert bases.digest in giva("bases", "show", run_id).stdout
+
+
+def test_bases_show_says_which_method_has_none(giva: Callable[..., Result], tmp_path: Path) -> None:
+    folder = checkpoint.save_adapter(tmp_path / "whole", None, {}, RunConfig(method="head"))
+    shown = giva("bases", "show", folder)
+    assert shown.exit_code == 1 and "the adapter has no bases; got method 'head'" in shown.stderr
 
 
 @pytest.mark.parametrize("passed", [True, False])
