@@ -169,8 +169,7 @@ def global_to_payload(
         schema: What the model has.
         bases_digest: Empty before calibration, when there are no vectors.
         coding: How numbers travel.
-        is_head: In head rounds another method's adapter is still at its start, which every site has made by itself: it
-            does not travel.
+        is_head: In head rounds an adapter is at its start, which every site has made by itself: it does not travel.
     """
     columns = residual_columns(arrays)
     shapes = global_shapes(schema, bases_digest, columns)
@@ -215,8 +214,8 @@ def _without(names: Sequence[str], shapes: Shapes) -> dict[str, tuple[int, ...]]
 
 def _decoded(message: Arrays, shapes: Shapes, sent: Shapes, coding: Coding) -> Arrays:
     """What was sent, and the run's start for the rest, in the order of `shapes`."""
-    found = wire.decode(message, sent, coding.precision, coding.start)
-    return {name: found[name] if name in found else coding.start[name] for name in shapes}
+    found = {**coding.start, **wire.decode(message, sent, coding.precision, coding.start)}
+    return {name: found[name] for name in shapes}
 
 
 def global_shapes(schema: ModelSchema, bases_digest: str, columns: int = 0) -> dict[str, tuple[int, ...]]:
